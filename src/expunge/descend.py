@@ -1,0 +1,319 @@
+"""The one gradient loop: Objective x Combiner x Optimizer x Schedule, inside the Case's Scope."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from expunge import runtime
+from expunge.combine import Weighted, clock_of
+from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode
+from expunge.objectives import NLL
+from expunge.optim import SGD, Constant, Optimizer, Schedule
+from expunge.oracle import Diverged, Draws, On, Oracle, differentiable, mean_loss
+from expunge.progress import progress
+from expunge.scope import Guarded
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Stop a run whose retain loss leaves its bound and stays out, and keep the last state that was inside it.
+
+    The loss is the task's NLL per unit on a fixed probe of retain examples. Its bound is the loss at the start plus
+    `rise` of the way from there to the loss of a predictor that knows nothing (``task.chance``).
+
+    Args:
+        rise: share of the way to chance that the retain loss may go, in (0, 1].
+        checks: how often over the run, evenly; the last one is at the end.
+        patience: checks in a row that must find the loss outside before the run stops; at the end one is enough.
+        probe: retain examples looked at.
+    """
+
+    rise: float = 0.25
+    checks: int = 10
+    patience: int = 3
+    probe: int = 128
+
+
+@dataclass(frozen=True)
+class Descend:
+    """Descend on objectives of forget data, retain data and others, and return the Case with its model changed.
+
+    The update does not depend, to rounding, on how a batch is cut into pieces or spread over processes. Nothing out
+    of scope moves, to the bit, whatever the optimizer. Recorded per step: each loss, gradient norms and cosine where
+    the combiner has them, and every `watch` steps the realised against the predicted change of the retain loss.
+
+    It does not promise that anything was forgotten, nor that the retain loss falls: that is for the audit.
+
+    Args:
+        forget, retain: the objectives on the request's forget and retain data.
+        others: further roles: name -> objective (on the request's data of that name) or ``On(source, objective)``.
+        combine: how the roles' gradients make one update.
+        optimizer, schedule: settings, from ``optim``.
+        steps, epochs: exactly one of them; an epoch is one pass over the data of the first role.
+        batch: examples per role and step, or role -> number. A source smaller than that is taken whole.
+        accumulate: pieces that each role's batch is cut into, to save memory.
+        norm_stats: "frozen": eval mode, running statistics used, no dropout, nothing moves but the scope. "live": train
+            mode, as many authors do; not with ``accumulate > 1``, since a loss would then depend on the cut.
+        guard: stop when the retain loss leaves its bound; None never stops.
+        watch: realised change of the retain loss every so many steps (0: never); one retain forward each time.
+
+    Raises:
+        Refused: for settings that cannot work, before the first step.
+        Diverged: when a loss stops being finite and no guard kept a good state.
+    """
+
+    forget: Objective | None = None
+    retain: Objective | None = None
+    others: Mapping[str, Objective | On] = field(default_factory=dict)
+    combine: Combiner = field(default_factory=Weighted)
+    optimizer: Optimizer = field(default_factory=SGD)
+    schedule: Schedule = field(default_factory=Constant)
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int | Mapping[str, int] = 64
+    accumulate: int = 1
+    norm_stats: Literal["frozen", "live"] = "frozen"
+    guard: Guard | None = None
+    watch: int = 0
+
+    def __call__(self, case: Case) -> Case:
+        key, rng = case.rng.take()
+        roles = self.roles()
+        steps = self.count(case, roles)
+        if steps > 0:
+            with _opened(case, self.norm_stats == "live"):
+                _Run(self, case, roles, steps, key).go()
+        return replace(case, rng=rng)
+
+    def roles(self) -> dict[str, On]:
+        """role -> On(source, objective)."""
+        named = {"forget": self.forget, "retain": self.retain}
+        roles = {name: On(name, objective) for name, objective in named.items() if objective is not None}
+        for name, other in self.others.items():
+            if isinstance(other, On):
+                roles[name] = other
+            else:
+                roles[name] = On(None if getattr(other, "parameters_only", False) else name, other)
+        return roles
+
+    def count(self, case: Case, roles: Mapping[str, On]) -> int:
+        """How many steps there will be; refuses settings that cannot work."""
+        if not roles:
+            raise Refused("Descend has no objective: give forget=, retain= or others=")
+        if (self.steps is None) == (self.epochs is None):
+            raise Refused(f"Descend needs exactly one of steps and epochs, found steps={self.steps}, epochs={self.epochs}")
+        if self.accumulate > 1 and self.norm_stats == "live":
+            raise Refused("accumulate > 1 with norm_stats='live' is refused: batch statistics would depend on how a batch "
+                          "is cut; use norm_stats='frozen' or accumulate=1")
+        for role, on in roles.items():
+            if on.source is not None:
+                case.request.data(on.source)
+        if self.steps is not None:
+            return self.steps
+        first, on = next(((role, on) for role, on in roles.items() if on.source is not None), (None, None))
+        if on is None or on.source is None or first is None:
+            raise Refused("epochs needs a role that reads data; give steps= instead")
+        size = len(case.request.data(on.source))
+        return math.ceil((self.epochs or 0) * math.ceil(size / min(size, self.size(first))))
+
+    def size(self, role: str) -> int:
+        """Examples per step of a role."""
+        return self.batch if isinstance(self.batch, int) else self.batch.get(role, 64)
+
+
+@contextlib.contextmanager
+def _opened(case: Case, live: bool) -> Any:
+    """The scope differentiable, everything that may be called watched by the meter."""
+    modules = [t for t in case.teachers.values() if isinstance(t, nn.Module)]
+    with differentiable(case, live=live), case.meter.watch(case.model, *modules):
+        yield
+
+
+class _Run:
+    """One execution of a Descend: what changes from step to step lives here, and in the checkpoint."""
+
+    def __init__(self, plan: Descend, case: Case, roles: Mapping[str, On], steps: int, key: Key):
+        self.plan, self.case, self.roles, self.steps, self.key = plan, case, roles, steps, key
+        self.scope = Guarded(case.scope, case.model)
+        self.optimizer = plan.optimizer.build(self.scope.parameters)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.state = plan.combine.init()
+        self.sizes = {role: plan.size(role) for role in roles}
+        self.watched = _Watch(plan.guard, case, key, steps) if plan.guard is not None else None
+        self.step = 0
+
+    def go(self) -> None:
+        checkpoint = self.case.journal.enter(repr(self.plan)) if self.case.journal is not None else None
+        if checkpoint is not None and (saved := checkpoint.load()) is not None:
+            self._restore(saved)
+        elif self.watched is not None:
+            self.watched.begin(self._snapshot())
+        with progress("unlearning", self.steps) as show:
+            while self.step < self.steps:
+                if not self._advance():
+                    break
+                show(self.step)
+                if checkpoint is not None and self.step < self.steps:
+                    checkpoint.tick(self._checkpoint)
+        if not runtime.finite(self.scope.parameters):
+            self._fall_back(f"weights stopped being finite by step {self.step}")
+
+    def _advance(self) -> bool:
+        """One step; False when the guard stopped the run."""
+        try:
+            self._step()
+        except Diverged as error:
+            self._fall_back(str(error))
+            return False
+        self.step += 1
+        if self.watched is not None and self.watched.due(self.step):
+            sentence = self.watched.check(self.step, self._snapshot)
+            if sentence is not None:
+                self._put_back(self.watched.kept)
+                self.case.meter.note(sentence)
+                return False
+        return True
+
+    def _step(self) -> None:
+        share = self.step / self.steps
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.plan.schedule.factor(share)
+        draws = Draws(self.case, self.roles, self.key, self.step, self.sizes, clock_of(self.plan.combine))
+        oracle = Oracle(self.case, self.roles, draws, accumulate=self.plan.accumulate, step=self.step, progress=share,
+                        lr=self.optimizer.param_groups[0]["lr"])
+        with self._noise():
+            grads, self.state = self.plan.combine.combine(oracle, self.state)
+        for name, parameter in self.scope.parameters.items():
+            parameter.grad = grads.get(name)
+        del grads
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scope.restore()
+        after = oracle.again()
+        settle = getattr(self.plan.combine, "settle", None)
+        if settle is not None:
+            with self._noise():
+                self.state = settle(after, self.state)
+        self._record(oracle, after)
+
+    @contextlib.contextmanager
+    def _noise(self) -> Any:
+        """Dropout in live mode draws from the global stream: lend it one that is a function of the step, then give it back."""
+        if self.plan.norm_stats == "frozen":
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.key.at("noise", self.step).seed)
+            yield
+
+    def _record(self, oracle: Oracle, after: Oracle) -> None:
+        row = {"step": float(self.step), "lr": oracle.lr}
+        row.update({f"loss/{role}": value for role, value in oracle.losses.known.items()})
+        row.update(oracle.report)
+        if "retain" in oracle.losses.known:
+            if self.plan.watch and self.step % self.plan.watch == 0 and "retain" not in after.losses.known:
+                with self.case.meter.checking():
+                    _ = after.losses["retain"]
+            if "retain" in after.losses.known:
+                row["retain_realised"] = after.losses.known["retain"] - oracle.losses.known["retain"]
+                if "retain_slope" in row:
+                    row["retain_predicted"] = -oracle.lr * row["retain_slope"]
+        self.case.meter.history.append(row)
+
+    def _fall_back(self, reason: str) -> None:
+        if self.watched is None:
+            raise Diverged(f"{reason}; nothing was kept, because this stage has no guard")
+        self._put_back(self.watched.kept)
+        self.case.meter.note(f"stopped at step {self.step} of {self.steps}: {reason}; the state of step "
+                             f"{self.watched.kept_step} was kept")
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """What this stage can change: parameters in scope, and buffers where normalisation is live."""
+        kept = {f"p/{name}": p.detach().clone() for name, p in self.scope.parameters.items()}
+        if self.plan.norm_stats == "live":
+            kept.update({f"b/{name}": b.detach().clone() for name, b in self.case.model.named_buffers()})
+        return kept
+
+    def _put_back(self, kept: Mapping[str, Tensor]) -> None:
+        buffers = dict(self.case.model.named_buffers())
+        with torch.no_grad():
+            for name, value in kept.items():
+                target = self.scope.parameters[name[2:]] if name[0] == "p" else buffers[name[2:]]
+                target.copy_(value)
+
+    def _checkpoint(self) -> dict[str, Any]:
+        return {"step": self.step, "weights": self._snapshot(), "optimizer": self.optimizer.state_dict(),
+                "combiner": self.state, "meter": self.case.meter.state(),
+                "guard": None if self.watched is None else self.watched.state()}
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        self.step = saved["step"]
+        self._put_back(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = saved["combiner"]
+        self.case.meter.load(saved["meter"])
+        if self.watched is not None:
+            self.watched.load(saved["guard"])
+
+
+class _Watch:
+    """The guard at work: the probe, its bound, and the last state inside it."""
+
+    def __init__(self, guard: Guard, case: Case, key: Key, steps: int):
+        self.guard, self.case, self.key = guard, case, key.at("guard")
+        self.data = self._probe()
+        self.at = {math.ceil((i + 1) * steps / guard.checks) for i in range(guard.checks)} | {steps}
+        self.bound = math.inf
+        self.kept: dict[str, Tensor] = {}
+        self.kept_step, self.outside, self.start = 0, 0, math.nan
+
+    def _probe(self) -> Data | None:
+        data = self.case.request.retain or self.case.request.valid
+        if data is None:
+            self.case.meter.note("no retain or validation data was given: nothing could watch the loss of utility")
+            return None
+        order = torch.randperm(len(data), generator=self.key.at("probe").generator())
+        return data.select(order[:self.guard.probe].sort().values)
+
+    def begin(self, snapshot: dict[str, Tensor]) -> None:
+        if self.data is not None:
+            self.start = self._loss()
+            first = next(iter(self.data.batches(len(self.data))))
+            chance = self.case.task.chance(first)
+            self.bound = self.start + self.guard.rise * max(chance - self.start, 0.05 * abs(chance))
+            self.kept = snapshot
+
+    def due(self, step: int) -> bool:
+        return self.data is not None and step in self.at
+
+    def check(self, step: int, snapshot: Any) -> str | None:
+        """None inside the bound (the state is then kept); outside it, the sentence that says so."""
+        loss = self._loss()
+        if math.isfinite(loss) and loss <= self.bound:
+            self.kept, self.kept_step, self.outside = snapshot(), step, 0
+            return None
+        self.outside += 1
+        if self.outside < self.guard.patience and step < max(self.at) and math.isfinite(loss):
+            return None
+        return (f"stopped at step {step} of {max(self.at)}: the retain loss rose from {self.start:.4g} to {loss:.4g}, above "
+                f"its bound {self.bound:.4g}; the state of step {self.kept_step} was kept")
+
+    def _loss(self) -> float:
+        assert self.data is not None
+        with self.case.meter.checking(), eval_mode(self.case.model):
+            return mean_loss(self.case, self.data, NLL(), min(256, len(self.data)), self.key)
+
+    def state(self) -> dict[str, Any]:
+        return {"kept": self.kept, "kept_step": self.kept_step, "outside": self.outside, "start": self.start,
+                "bound": self.bound}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.kept, self.kept_step = state["kept"], state["kept_step"]
+        self.outside, self.start, self.bound = state["outside"], state["start"], state["bound"]

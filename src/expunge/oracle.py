@@ -1,0 +1,366 @@
+"""Losses, gradients and curvature products of the roles of one step: the only place that differentiates.
+
+Forget and retain examples are disjoint, so each role has its own forward and backward graph, freed before the next:
+two gradients then cost what one joint gradient costs, at lower peak memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge import runtime
+from expunge.core import Batch, Case, Data, Grads, Key, Objective, Refused, RunFailed, map_tensors, rows_of
+from expunge.scope import Scope
+
+
+class Diverged(RunFailed):
+    """A loss or a weight stopped being a finite number."""
+
+
+@dataclass(frozen=True)
+class On:
+    """An objective and the data it reads: the name of a Data of the request, or None for a penalty on parameters."""
+
+    source: str | None
+    objective: Objective
+
+
+def positions(key: Key, size: int, batch: int, index: int) -> Tensor:
+    """Batch number `index` of an endless stream of shuffles of 0 .. size-1: a pure function, so feeds have no state."""
+    batch = min(batch, size)
+    start, stop = index * batch, (index + 1) * batch
+    parts = []
+    for epoch in range(start // size, (stop - 1) // size + 1):
+        order = torch.randperm(size, generator=key.at("epoch", epoch).generator())
+        parts.append(order[max(0, start - epoch * size):min(size, stop - epoch * size)])
+    return torch.cat(parts)
+
+
+class Draws:
+    """The batches of one step: drawn on first use, then the same for every reader.
+
+    Roles on one source see the same examples, and the same randomness of the modality.
+    """
+
+    def __init__(self, case: Case, roles: Mapping[str, On], key: Key, step: int, sizes: Mapping[str, int],
+                 clock: Callable[[str, int], int]):
+        self.case, self.roles, self.key, self.step, self.sizes, self.clock = case, roles, key, step, sizes, clock
+        self._prepared: dict[tuple[str, int], Batch] = {}
+        self._drawn: dict[str, Batch] = {}
+
+    def batch(self, role: str) -> Batch:
+        """The role's batch, prepared by the task and drawn by its objective; whole, on the model's device."""
+        if role not in self._drawn:
+            on = self.roles[role]
+            batch = self._source(role, on.source) if on.source is not None else {"id": torch.zeros(1, dtype=torch.int64)}
+            draw = getattr(on.objective, "draw", None)
+            if draw is not None:
+                batch = draw(self.case, batch, self.key.at("draw", role, self.clock(role, self.step)))
+            self._drawn[role] = runtime.to_device(batch, runtime.device_of(self.case.model))
+        return self._drawn[role]
+
+    def _source(self, role: str, source: str) -> Batch:
+        index = self.clock(role, self.step)
+        if (source, index) not in self._prepared:
+            data = self.case.request.data(source)
+            chosen = positions(self.key.at("order", source), len(data), self.sizes[role], index)
+            batch = runtime.to_device(data.batch(chosen), runtime.device_of(self.case.model))
+            self._prepared[source, index] = self.case.task.prepare(batch, self.key.at("prepare", source, index))
+        return self._prepared[source, index]
+
+
+class Losses(Mapping[str, float]):
+    """role -> mean loss over the logical batch; a forward pass is spent only on a role that was not differentiated."""
+
+    def __init__(self, oracle: Oracle):
+        self._oracle = oracle
+        self.known: dict[str, float] = {}
+
+    def __getitem__(self, role: str) -> float:
+        if role not in self._oracle.roles:
+            raise KeyError(role)
+        if role not in self.known:
+            self.known[role] = self._oracle.evaluate(role)
+        return self.known[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._oracle.roles)
+
+    def __len__(self) -> int:
+        return len(self._oracle.roles)
+
+
+class Oracle:
+    """What a combiner asks: losses, gradients, Hessian-vector products, and the same at shifted weights. All lazy.
+
+    The loss of a role is sum(w v) / sum(w) over the logical batch, whatever the split into pieces and processes; the
+    divisor is computed in float64.
+
+    Attributes:
+        roles: role -> On(source, objective).
+        losses: role -> float, lazy.
+        step, progress, lr: the step's number, the share of the run that is done (0 .. 1), the learning rate.
+        report: what a combiner wants recorded of this step (norms, cosine, multiplier).
+    """
+
+    def __init__(self, case: Case, roles: Mapping[str, On], draws: Draws, *, accumulate: int = 1, step: int = 0,
+                 progress: float = 0.0, lr: float = 0.0, shift: Grads | None = None):
+        self.case, self.roles, self.draws = case, roles, draws
+        self.accumulate, self.step, self.progress, self.lr, self.shift = accumulate, step, progress, lr, shift
+        self.parameters = case.scope.parameters(case.model)
+        self.losses = Losses(self)
+        self.report: dict[str, float] = {}
+
+    def again(self) -> Oracle:
+        """The same drawn batches, nothing known yet: for a look at new weights."""
+        return self._like(self.shift)
+
+    def at(self, shift: Grads) -> Oracle:
+        """The same drawn batches at weights + shift; the weights are restored to the bit after each look."""
+        return self._like(shift)
+
+    def view(self, roles: tuple[str, ...], pattern: str | None = None) -> Oracle:
+        """Only these roles, and only the part of the scope that a name pattern selects; losses learnt are shared."""
+        case = self.case
+        if pattern is not None:
+            found = {name: mask for name, mask in case.scope.masks.items() if fnmatch.fnmatchcase(name, pattern)}
+            if not found:
+                raise Refused(f"turn pattern {pattern!r} matches no parameter in scope")
+            case = replace(case, scope=Scope(found, case.scope.universe))
+        view = self._like(self.shift, case, {role: self.roles[role] for role in roles})
+        view.losses.known, view.report = self.losses.known, self.report
+        return view
+
+    def _like(self, shift: Grads | None, case: Case | None = None, roles: Mapping[str, On] | None = None) -> Oracle:
+        return Oracle(case or self.case, self.roles if roles is None else roles, self.draws, accumulate=self.accumulate,
+                      step=self.step, progress=self.progress, lr=self.lr, shift=shift)
+
+    def evaluate(self, role: str) -> float:
+        """The role's loss, without a graph."""
+        with torch.no_grad(), self._shifted():
+            return self._finish(role, sum(float(loss.double()) for loss in self._pieces(role)))
+
+    def grad(self, weights: Mapping[str, float], scope: Scope | None = None) -> Grads:
+        """Gradient of sum_k weights[k] losses[k]; a role of weight 0 costs nothing.
+
+        Args:
+            weights: role -> weight.
+            scope: differentiate these coordinates only (default: the Case's scope).
+
+        Raises:
+            RunFailed: when no parameter receives a gradient.
+        """
+        scope = self.case.scope if scope is None else scope
+        parameters = {name: p for name, p in self.parameters.items() if name in scope}
+        with self._only(parameters), self._shifted():
+            for role, weight in weights.items():
+                if weight == 0.0:
+                    continue
+                total = 0.0
+                for loss in self._pieces(role):
+                    (loss * weight).backward()
+                    self.case.meter.differentiated()
+                    total += float(loss.detach().double())
+                self.losses.known[role] = self._finish(role, total)
+        if all(weight == 0.0 for weight in weights.values()):
+            return {}
+        return scope.cut(self.case.scope.cut(runtime.gradient(parameters), self.case.model), self.case.model)
+
+    def hvp(self, vectors: Mapping[str, Grads]) -> Grads:
+        """sum_k H_k vectors[k], by differentiating twice. Needs the math attention kernel, which it selects."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        names = list(self.parameters)
+        with self._shifted(), sdpa_kernel(SDPBackend.MATH):
+            for role, vector in vectors.items():
+                total = 0.0
+                for loss in self._pieces(role):
+                    grads = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=True, allow_unused=True)
+                    inner = sum(((g * vector[n]).sum() for n, g in zip(names, grads, strict=True)
+                                 if g is not None and n in vector), start=torch.zeros((), device=loss.device))
+                    inner.backward()
+                    self.case.meter.differentiated(2)
+                    total += float(loss.detach().double())
+                self.losses.known[role] = self._finish(role, total)
+        return self.case.scope.cut(runtime.gradient(self.parameters), self.case.model)
+
+    def _pieces(self, role: str) -> Iterator[Tensor]:
+        """This process's pieces of the role's loss, one graph at a time."""
+        objective = self.roles[role].objective
+        batch = self.draws.batch(role)
+        if getattr(objective, "parameters_only", False):
+            self.case.meter.forget_graph()
+            yield objective(self.case, batch).sum() / runtime.world()
+            return
+        weight = example_weights(self.case, objective, batch)
+        whole = float(weight.sum())
+        if whole <= 0:
+            raise RunFailed(f"the weights of role {role!r} sum to {whole:g}: expected at least one positive weight")
+        for index, real in runtime.pieces(rows_of(batch), self.accumulate):
+            index, real = index.to(weight.device), real.to(weight.device)
+            entire = len(index) == len(weight) and self.accumulate == 1 and runtime.world() == 1
+            part = batch if entire else map_tensors(lambda t, i=index: t[i], batch)
+            self.case.meter.forget_graph()
+            values = per_example(self.case, objective, part)
+            share = (weight[index] * real / whole).to(values.dtype)
+            yield (values * share).sum()
+
+    def _finish(self, role: str, value: float) -> float:
+        value = float(runtime.all_sum(torch.tensor([value], dtype=torch.float64))) if runtime.world() > 1 else value
+        if not math.isfinite(value):
+            raise Diverged(f"the loss of role {role!r} is {value} at step {self.step}: expected a finite number; lower "
+                           f"the learning rate, or use a forgetting loss that is bounded")
+        return value
+
+    @contextlib.contextmanager
+    def _only(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        others = [p for name, p in self.case.model.named_parameters() if p.requires_grad and name not in parameters]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def _shifted(self) -> Iterator[None]:
+        if self.shift is None:
+            yield
+            return
+        kept = {name: self.parameters[name].detach().clone() for name in self.shift}
+        try:
+            with torch.no_grad():
+                for name, value in self.shift.items():
+                    self.parameters[name].add_(value)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self.parameters[name].copy_(value)
+
+
+def example_weights(case: Case, objective: Objective, batch: Batch) -> Tensor:
+    """[b] float64: the batch's ``weight`` column times the objective's own weights, 1 where there is neither."""
+    weight = batch["weight"].double() if "weight" in batch else torch.ones(rows_of(batch), dtype=torch.float64)
+    weigh = getattr(objective, "weigh", None)
+    if weigh is not None:
+        own = weigh(case, batch).double()
+        weight = weight.to(own.device) * own
+    return weight.to(runtime.device_of(case.model))
+
+
+def per_example(case: Case, objective: Objective, batch: Batch) -> Tensor:
+    """The objective's values, held to one number per example."""
+    values = objective(case, batch)
+    if values.shape != (rows_of(batch),):
+        raise Refused(f"objective {objective!r} returned shape {tuple(values.shape)} for {rows_of(batch)} examples: "
+                      f"expected one loss per example, not reduced")
+    return values
+
+
+def prepared(case: Case, data: Data, size: int, key: Key, objective: Objective | None = None) -> Iterator[Batch]:
+    """Every example of `data` once, in order, prepared by the task (and drawn by the objective), on the model's device."""
+    device = runtime.device_of(case.model)
+    for number, batch in enumerate(data.batches(size)):
+        batch = case.task.prepare(runtime.to_device(batch, device), key.at("prepare", number))
+        draw = getattr(objective, "draw", None)
+        yield batch if draw is None else runtime.to_device(draw(case, batch, key.at("draw", number)), device)
+
+
+def mean_loss(case: Case, data: Data, objective: Objective, size: int, key: Key) -> float:
+    """The objective's weighted mean over all of `data`, without a graph, independent of `size`."""
+    total = weights = 0.0
+    with torch.no_grad():
+        for batch in prepared(case, data, size, key, objective):
+            weight = example_weights(case, objective, batch)
+            total += float((per_example(case, objective, batch).double() * weight).sum())
+            weights += float(weight.sum())
+    return total / weights
+
+
+def sum_gradient(case: Case, objective: Objective, batch: Batch) -> Grads:
+    """Gradient of the SUM over the batch of the objective, in scope. The batch must be prepared."""
+    parameters = case.scope.parameters(case.model)
+    case.meter.forget_graph()
+    per_example(case, objective, batch).sum().backward()
+    case.meter.differentiated()
+    return case.scope.cut(runtime.gradient(parameters), case.model)
+
+
+class _PerExample(nn.Module):
+    """The objective as a module, so that ``functional_call`` can swap the model's parameters."""
+
+    def __init__(self, case: Case, objective: Objective):
+        super().__init__()
+        self.model = case.model
+        self._call = lambda batch: objective(case, batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._call(batch)
+
+
+def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """[b, ...] per name: the gradient of each example on its own, all examples in one batched pass.
+
+    A model that cannot be batched this way (data-dependent control flow, say) is differentiated one example at a time,
+    which is noted. Memory: b times the parameters in scope.
+    """
+    parameters = case.scope.parameters(case.model)
+    module = _PerExample(case, objective)
+    fixed = {name: p.detach() for name, p in case.model.named_parameters() if name not in parameters}
+
+    def loss(values: dict[str, Tensor], row: Any) -> Tensor:
+        single = map_tensors(lambda t: t.unsqueeze(0), row)
+        named = {f"model.{name}": value for name, value in {**fixed, **values}.items()}
+        return torch.func.functional_call(module, named, (single,)).sum()
+
+    values = {name: p.detach() for name, p in parameters.items()}
+    before = case.meter.forward
+    try:
+        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="error")(values, batch)
+        case.meter.forward = before + rows_of(batch)
+        case.meter.backward += rows_of(batch)
+    except (RuntimeError, NotImplementedError) as error:
+        case.meter.forward = before
+        case.meter.note(f"per-example gradients were taken one at a time: the model cannot be batched over examples "
+                        f"({str(error).splitlines()[0][:120]})")
+        rows = [sum_gradient(case, objective, map_tensors(lambda t, i=i: t[i:i + 1], batch)) for i in range(rows_of(batch))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: _masked(case, name, grad) for name, grad in grads.items()}
+
+
+def _masked(case: Case, name: str, grad: Tensor) -> Tensor:
+    mask = case.scope.mask(name, grad[0])
+    return grad if mask is None else grad * mask
+
+
+@contextlib.contextmanager
+def differentiable(case: Case, *, live: bool = False) -> Iterator[None]:
+    """Set ``requires_grad`` to the scope and the mode to eval (or train, for live normalisation); restored after.
+
+    Eval mode means: running statistics used, no dropout, nothing but the scope moves.
+    """
+    flags = [(p, p.requires_grad) for p in case.model.parameters()]
+    modes = [(module, module.training) for module in case.model.modules()]
+    parameters = {id(p) for p in case.scope.parameters(case.model).values()}
+    if not parameters:
+        raise Refused("the scope is empty: expected at least one trainable floating parameter; nothing could change")
+    case.model.train(live)
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in parameters)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,332 @@
+"""``unlearn``: check, copy, seed, run, record. One call from a trained model to one that forgot."""
+
+from __future__ import annotations
+
+import copy as copying
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from expunge import runtime
+from expunge.core import Case, Chain, Key, Refused, Request, Stage, Task, chain, eval_mode
+from expunge.data.sources import fingerprint
+from expunge.data.split import disjoint
+from expunge.journal import Journal, write_bytes
+from expunge.meter import Meter, peak_bytes
+from expunge.registry import Bound, check_needs, find, methods
+from expunge.scope import Scope
+from expunge.version import __version__, revision
+
+RECORD, WEIGHTS = "record.json", "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ``unlearn`` gives back.
+
+    Attributes:
+        model: the model that forgot, in the mode (train or eval) of the caller's.
+        record: what was done, to what, at what price: JSON-able, as written to ``record.json``.
+        case: the last Case, for stages that choose examples or leave teachers; None for a finished run read back.
+    """
+
+    model: nn.Module
+    record: dict[str, Any]
+    case: Case | None = field(default=None, repr=False)
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences that a person should read: a guard that stopped the run, a method that changed nothing."""
+        return self.record["notes"]
+
+
+def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Stage, seed: int = 0,
+            out: str | Path | None = None, copy: bool = True, scope: Scope | Sequence[str] | None = None,
+            every: float = 20.0) -> Outcome:
+    """Make a trained model forget.
+
+    The caller's model, data, flags and global random state are not touched (with ``copy=True``). The same call with
+    the same seed gives the same bits. It does not promise that the model forgot: ``audit`` measures that.
+
+    Args:
+        model: any ``nn.Module`` that the task can call.
+        request: what to forget and keep, from ``split``.
+        task: the modality.
+        method: a registered name (with its defaults) or a Stage.
+        seed: of every random draw.
+        out: folder for checkpoints, ``weights.safetensors`` and ``record.json``. The same call again resumes a killed
+            run to the same bits, or returns the finished one.
+        copy: work on a copy. False changes `model` itself, for one that fills the machine; then there is no teacher
+            "original", and methods that need one are refused.
+        scope: what may change: a Scope, or name patterns; everything trainable by default.
+        every: seconds between checkpoints inside a stage.
+
+    Raises:
+        Refused: for bad input or unmet needs, before any work.
+        RunFailed: for a run that could not finish.
+    """
+    name, stage = resolve(method)
+    check_request(request, task)
+    check_model(model, request, task)
+    teachers = {"original": model} if copy else {}
+    for bound in bounds(stage):
+        check_needs(bound, request, teachers)
+    chosen = _scope(model, scope)
+    identity = _identity(name, stage, seed, model, request, task, chosen)
+    folder = None if out is None else _open(Path(out), identity, model)
+    if folder is not None and (folder / RECORD).exists():
+        return _finished(folder, model)
+    work = copying.deepcopy(model) if copy else model
+    case = Case(work, request, task, chosen, teachers, Key(seed), Meter(),
+                None if folder is None else Journal(folder / "checkpoint", every))
+    case = _run(stage, case)
+    _say_if_unchanged(case, model if copy else None)
+    record = _record(name, stage, seed, task, request, identity, case)
+    if folder is not None:
+        with writing(folder):
+            save_weights(case.model, folder / WEIGHTS)
+            write_bytes(folder / RECORD, json.dumps(record, indent=1).encode())
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    return Outcome(case.model, record, case)
+
+
+def resolve(method: str | Stage) -> tuple[str, Stage]:
+    """A registered name or a Stage -> (name, Stage)."""
+    if isinstance(method, str):
+        return method, find("method", method, methods()).build()
+    if not callable(method):
+        raise Refused(f"method is a {type(method).__name__}: expected a registered name or a stage (a function of a Case)")
+    return getattr(method, "name", type(method).__name__), method
+
+
+def bounds(stage: Stage) -> Iterator[Bound]:
+    """The registered methods inside a stage, brackets included."""
+    if isinstance(stage, Bound):
+        yield stage
+    elif isinstance(stage, Chain):
+        for part in stage.stages:
+            yield from bounds(part)
+    elif callable(getattr(stage, "inner", None)):
+        yield from bounds(stage.inner)
+
+
+def check_request(request: Request, task: Task) -> None:
+    """Refuse an empty or overlapping request, and data that the task cannot use."""
+    if request.forget is None and not request.concepts:
+        raise Refused("the request names nothing to forget: give forget data (expunge.split) or concepts")
+    disjoint(request)
+    for name in ("forget", "retain", "valid", *request.extra):
+        data = request.extra.get(name) or getattr(request, name, None)
+        if data is not None:
+            task.check(data, name)
+
+
+def check_model(model: nn.Module, request: Request, task: Task) -> None:
+    """Refuse weights that are not finite, and a model that cannot be called on the data or returns another shape."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not runtime.finite([value]):
+            raise Refused(f"the model's weight {name!r} has entries that are not finite: load the weights of a trained model")
+    data = request.forget or request.retain
+    if data is None:
+        return
+    batch = task.prepare(runtime.to_device(data.batch(torch.arange(min(2, len(data)))), runtime.device_of(model)), Key(0))
+    try:
+        with torch.no_grad(), eval_mode(model):
+            loss = task.nll(model, batch)
+    except Refused:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise Refused(f"the model cannot be called on the data: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+                      f"check the input's shape, or say how to call it with call=lambda model, batch: ...") from error
+    if loss.shape != (len(batch["id"]),):
+        raise Refused(f"task {task.name} gives a loss of shape {tuple(loss.shape)} for {len(batch['id'])} examples: expected one each")
+
+
+def _scope(model: nn.Module, scope: Scope | Sequence[str] | None) -> Scope:
+    if isinstance(scope, Scope):
+        return scope
+    if isinstance(scope, str):
+        scope = [scope]
+    found = Scope.all(model) if scope is None else Scope.match(model, *scope)
+    if not found.masks:
+        raise Refused("the model has no trainable floating parameter: nothing could change")
+    return found
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """blake2b of names, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        value = runtime.local(tensors[name]).detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _identity(name: str, stage: Stage, seed: int, model: nn.Module, request: Request, task: Task, scope: Scope) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    data = {part: fingerprint(value) for part in ("forget", "retain", "valid")
+            if (value := getattr(request, part)) is not None}
+    data.update({f"extra/{part}": fingerprint(value) for part, value in request.extra.items()})
+    masked = {n: m for n, m in scope.masks.items() if isinstance(m, Tensor)}
+    return {"method": name, "settings": _settings(stage), "seed": seed, "task": repr(task), "data": data,
+            "concepts": list(request.concepts), "weights": hash_tensors(dict(model.state_dict())),
+            "scope": sorted(scope.masks), "masks": hash_tensors(masked) if masked else None, "revision": revision()}
+
+
+def _settings(stage: Stage) -> Any:
+    if isinstance(stage, Bound):
+        return {n: v if isinstance(v, (bool, int, float, str, type(None))) else repr(v) for n, v in stage.settings}
+    return repr(stage)
+
+
+class writing:  # noqa: N801 - a context manager, used as a verb
+    """Turn a failed write into one sentence; what was written before stays whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
+        if isinstance(error, OSError):
+            what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+            raise Refused(f"cannot write to {self.folder}: {what}; mend that and start the same run again, it goes on from "
+                          f"its last checkpoint") from error
+
+
+def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
+    """Make or re-enter a run's folder; refuse one that holds another run or cannot be written."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise Refused(f"cannot write to {folder}: permission denied; give another out folder")
+    needed = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + (1 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise Refused(f"the disk of {folder} is full: {free >> 20} MiB are free, the run needs about {(needed >> 20) + 1} MiB; free "
+                      f"some, or give another out folder")
+    marker = folder / "run.json"
+    if not marker.exists():
+        strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+        if strangers:
+            raise Refused(f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder")
+        with writing(folder):
+            write_bytes(marker, json.dumps(identity, indent=1).encode())
+        return folder
+    try:
+        before = json.loads(marker.read_text())
+    except ValueError as error:
+        raise Refused(f"{marker} cannot be read: delete the folder, or give another one") from error
+    changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
+    if changed:
+        raise Refused(f"{folder} holds another run: its {', '.join(changed)} differ from this call's; give another out folder")
+    return folder
+
+
+def _finished(folder: Path, model: nn.Module) -> Outcome:
+    work = copying.deepcopy(model)
+    load_weights(work, folder / WEIGHTS)
+    return Outcome(work, json.loads((folder / RECORD).read_text()))
+
+
+def _run(stage: Stage, case: Case) -> Case:
+    whole = chain(stage)
+    modules = [t for t in case.teachers.values() if isinstance(t, nn.Module)]
+    with case.meter.timed(), case.meter.watch(case.model, *modules):
+        if case.journal is None:
+            return whole(case)
+        with writing(case.journal.folder):
+            return whole(case)
+
+
+def _say_if_unchanged(case: Case, before: nn.Module | None) -> None:
+    if before is None:
+        return
+    old, new = before.state_dict(), case.model.state_dict()
+    if old.keys() == new.keys() and all(torch.equal(runtime.local(old[n]), runtime.local(new[n])) for n in old):
+        case.meter.note("the method changed nothing: the model that comes back is the model that went in")
+
+
+def _record(name: str, stage: Stage, seed: int, task: Task, request: Request, identity: dict[str, Any], case: Case) -> dict[str, Any]:
+    meter = case.meter
+    found = next(bounds(stage), None)
+    sizes = {part: len(data) for part in ("forget", "retain", "valid") if (data := getattr(request, part)) is not None}
+    return {
+        "expunge": __version__, **identity, "paper": found.spec.paper if found is not None else None,
+        "promise": found.spec.promise if found is not None else None, "examples": sizes,
+        "result": hash_tensors(dict(case.model.state_dict())),
+        "cost": {"seconds": meter.seconds, "forward": meter.forward, "backward": meter.backward, "checks": meter.checks,
+                 "peak_bytes": peak_bytes()},
+        "machine": {"python": platform.python_version(), "torch": torch.__version__, "processes": runtime.world(),
+                    "threads": torch.get_num_threads(), "device": str(runtime.device_of(case.model))},
+        "notes": list(meter.notes), "history": list(meter.history),
+    }
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write parameters and buffers as safetensors, under canonical names (tied weights once), whole or not at all."""
+    tensors = {name: runtime.local(t).detach().cpu().contiguous() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    write_bytes(Path(path), save(tensors, metadata={"format": "pt"}))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Read weights into a model, in place. Never runs code from the file.
+
+    Args:
+        model: of the architecture that the weights belong to.
+        path: a ``.safetensors`` file, or a ``.pt``/``.pth`` state dict, which is read with ``weights_only=True``.
+
+    Raises:
+        Refused: for a file that is missing, damaged, holds more than tensors, or does not fit the model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Refused(f"there is no weights file {path}")
+    tensors = _read_tensors(path)
+    wanted = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    aliases = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name for name in tensors if name not in wanted and name not in aliases]
+    if missing or unknown:
+        raise Refused(f"{path} does not fit the model: " + "; ".join(
+            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for what, names in (("missing", missing), ("unknown", unknown)) if names))
+    for name, target in wanted.items():
+        if tensors[name].shape != target.shape:
+            raise Refused(f"{path} does not fit the model: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}")
+    with torch.no_grad():
+        for name, target in wanted.items():
+            target.copy_(tensors[name])
+    return model
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise Refused(f"{path} is not a whole safetensors file ({error})") from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for pickles that hold more than tensors
+        raise Refused(f"{path} is not a plain file of tensors: loading a pickle could run code, so it is refused; save the "
+                      f"state dict as safetensors") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise Refused(f"{path} holds no state dict: expected a mapping of names to tensors")
+    return found

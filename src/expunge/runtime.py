@@ -1,0 +1,186 @@
+"""Device, processes and memory: the only place that knows whether there is one process or many.
+
+Six functions are each the only way to do their thing, so that a run of several processes equals a run of one:
+``gradient``, ``dot``, ``batch_sum``, ``pieces``, ``threshold``, ``shard_like``.
+
+Data parallel needs no wrapper: every process draws the same logical batch, works on its own rows, and the gradients
+are summed. Under FSDP2 the parameters are sharded tensors, whose gradients arrive reduced through ``backward``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from expunge.core import Grads, RunFailed, map_tensors
+
+def world() -> int:
+    """Processes that work on this run together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 for a single one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one shard of a larger one (a DTensor)."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are (CPU for a model without any)."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Move every tensor of a batch; tensors already there are not copied."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum a plain tensor over processes."""
+    if world() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def batch_sum(values: Tensor) -> float:
+    """Sum of a [b] tensor over the logical batch (all processes), in float64."""
+    return float(all_sum(values.detach().double().sum().reshape(1)))
+
+
+def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
+    """Take the gradients that ``backward`` left behind, summed over processes; the buffers are handed over, not copied.
+
+    Raises:
+        RunFailed: when no parameter received a gradient. A missing gradient is never turned into zeros: under sharded
+            parameters that would be a run that silently trains nothing.
+    """
+    grads: Grads = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            grads[name] = parameter.grad
+            parameter.grad = None
+    if not grads:
+        raise RunFailed(f"no gradient reached any of the {len(parameters)} parameters in scope: expected a loss that "
+                        f"depends on them; widen the scope, or check that the model does not detach its output")
+    if world() > 1:
+        for name, grad in grads.items():
+            if sharded(grad):
+                grad.mul_(world())  # FSDP averages over processes, a sum is wanted
+            else:
+                dist.all_reduce(grad)
+    return grads
+
+
+def dot(a: Grads, b: Grads) -> float:
+    """Inner product over the names that both have, accumulated in float64, over all shards."""
+    names = [name for name in a if name in b]
+    if not names:
+        return 0.0
+    total = torch.zeros((), dtype=torch.float64)
+    shards = torch.zeros((), dtype=torch.float64)
+    for name in names:
+        value = _dot(local(a[name]), local(b[name])).cpu()
+        if sharded(a[name]):
+            shards += value
+        else:
+            total += value
+    if any(sharded(a[name]) for name in names):
+        shards = all_sum(shards)
+    return float(total + shards)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Float64 inner product without a float64 copy of a large tensor: float32 blocks are summed in float64."""
+    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
+    if a.numel() == 0 or a.dtype == torch.float64 or a.numel() <= 4096:
+        return (a.double() * b.double()).sum()
+    return torch.stack([(x.double() @ y.double()) for x, y in zip(a.split(1 << 16), b.split(1 << 16), strict=True)]).sum()
+
+
+def linear(*terms: tuple[float, Grads]) -> Grads:
+    """sum_k c_k g_k. The first gradient's buffers are reused: its mapping must not be read afterwards."""
+    (scale, total), *rest = terms
+    if scale != 1.0:
+        for grad in total.values():
+            grad.mul_(scale)
+    for coefficient, grads in rest:
+        if coefficient == 0.0:
+            continue
+        for name, grad in grads.items():
+            if name in total:
+                total[name].add_(grad, alpha=coefficient)
+            else:
+                total[name] = grad * coefficient
+    return total
+
+
+def pieces(rows: int, parts: int) -> list[tuple[Tensor, Tensor]]:
+    """This process's share of a logical batch, cut in `parts` pieces: (row indices, 0/1 weights) each.
+
+    Every process gets the same number of pieces, or a collective would hang: where rows run out, a filler row of
+    weight zero stands in.
+    """
+    per_process = math.ceil(rows / world())
+    size = math.ceil(per_process / max(1, min(parts, per_process)))
+    mine = torch.arange(rank(), rows, world())
+    cut = []
+    for start in range(0, per_process, size):
+        index = mine[start:start + size]
+        weight = torch.ones(len(index))
+        if len(index) == 0:
+            index, weight = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+        cut.append((index, weight))
+    return cut
+
+
+def threshold(scores: Mapping[str, Tensor], keep: float) -> float:
+    """The score at or above which a share `keep` of all entries lies, over every tensor and every shard.
+
+    Exact where all scores fit on one process (they are gathered); linear-time selection, no full sort.
+    """
+    flat = torch.cat([local(s).detach().flatten().float() for s in scores.values()])
+    if world() > 1 and any(sharded(s) for s in scores.values()):
+        parts: list[Tensor | None] = [None] * world()
+        dist.all_gather_object(parts, flat)
+        flat = torch.cat([part for part in parts if part is not None])
+    count = flat.numel()
+    kept = round(keep * count)
+    if kept <= 0:
+        return math.inf
+    return float(flat.kthvalue(count - kept + 1).values)
+
+
+def shard_like(mask: Tensor, parameter: Tensor) -> Tensor:
+    """Cut a plain mask as the parameter is cut, so that the two can meet elementwise."""
+    if not sharded(parameter) or sharded(mask):
+        return mask
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(mask, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
+def where(mask: Tensor, new: Tensor, old: Tensor) -> None:
+    """old <- new where the mask is set, in place, elsewhere untouched to the bit."""
+    with torch.no_grad():
+        kept = local(old)
+        kept.copy_(torch.where(local(mask), local(new).to(kept.dtype), kept))
+
+
+def finite(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> bool:
+    """Whether every floating entry is a finite number."""
+    values = tensors.values() if isinstance(tensors, Mapping) else tensors
+    return all(bool(torch.isfinite(local(t)).all()) for t in values if t.is_floating_point())

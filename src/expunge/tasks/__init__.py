@@ -1,0 +1,1 @@
+"""One Task per modality: the only objects that know it."""
