@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expunge import gramian, runtime
 from expunge.core import Combiner, Grads, RunFailed
-from expunge.oracle import Oracle
+from expunge.oracle import Oracle, Weight
 from expunge.scope import Scope
 
 State = dict[str, Any]
@@ -270,15 +270,17 @@ class ImplicitSurgery:
         return grads, {**state, "before": oracle.losses[self.protect]}
 
     def _log_gradient(self, oracle: Oracle, others: list[str], weight: float) -> Grads:
-        """grad log L = grad L / L: two gradients, scaled afterwards, are exact for any split and need no extra pass."""
-        forget = oracle.grad(dict.fromkeys(others, 1.0))
-        total = sum(oracle.losses[role] for role in others)
-        _log("forget", total, self.floor)
-        terms = [(1.0 / (total - self.floor + TINY), forget)]
+        """grad log L = grad L / L, with L read off as its own graph is built."""
+        if len(others) != 1:
+            raise RunFailed(f"the log form takes one role beside {self.protect!r}, found {', '.join(others)}: use form='raw'")
+
+        def slope(role: str, scale: float, floor: float) -> Callable[[float], float]:
+            return lambda loss: scale / math.exp(_log(role, loss, floor))
+
+        weights: dict[str, Weight] = {others[0]: slope(others[0], 1.0, self.floor)}
         if weight > 0:
-            retain = oracle.grad({self.protect: 1.0})
-            terms.append((weight / (oracle.losses[self.protect] + TINY), retain))
-        return runtime.linear(*terms)
+            weights[self.protect] = slope(self.protect, weight, 0.0)
+        return oracle.grad(weights)
 
     def settle(self, after: Oracle, state: State) -> State:
         """One dual step from the retain loss after the step, on the same batch."""
@@ -314,16 +316,20 @@ class FastImplicitSurgery:
         return {"w": self.start, "m": 0.0, "v": 0.0, "t": 0, "before": None}
 
     def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
-        forget, retain = _pair(oracle, self.protect)
-        now = oracle.losses[self.protect]
-        if state["before"] is not None:
-            slope = _log(self.protect, state["before"], 0.0) - _log(self.protect, now, 0.0) + self.tolerance
-            state = _dual_adam(state, slope, self.dual_lr, self.dual_decay)
-        weight = min(max(0.0, state["w"]), self.max_multiplier)
-        share = torch.tensor([1.0, weight], dtype=torch.float64) / (1.0 + weight)
-        _report(oracle, table_of([forget, retain]), share)
-        return (runtime.linear((float(share[0]), forget), (float(share[1]), retain)),
-                {**state, "w": weight, "before": now})
+        new = dict(state)
+
+        def weigh(now: float) -> float:
+            """The dual step, taken between the retain batch's forward and backward pass."""
+            if new["before"] is not None:
+                slope = _log(self.protect, new["before"], 0.0) - _log(self.protect, now, 0.0) + self.tolerance
+                new.update(_dual_adam(new, slope, self.dual_lr, self.dual_decay))
+            new["before"], new["w"] = now, min(max(0.0, new["w"]), self.max_multiplier)
+            return new["w"]
+
+        others = {role: 1.0 for role in oracle.roles if role != self.protect}
+        grads = oracle.grad({**others, self.protect: weigh})
+        oracle.report["multiplier"] = new["w"]
+        return runtime.linear((1.0 / (1.0 + new["w"]), grads)), new
 
 
 @dataclass(frozen=True)
@@ -481,9 +487,10 @@ class _ForwardOnly:
     def view(self, roles: tuple[str, ...], pattern: str | None) -> _ForwardOnly:
         return _ForwardOnly(self._oracle.view(roles, pattern), self._mu, self._directions)
 
-    def grad(self, weights: Mapping[str, float], scope: Scope | None = None) -> Grads:
+    def grad(self, weights: Mapping[str, Weight], scope: Scope | None = None) -> Grads:
         oracle, scope = self._oracle, scope or self._oracle.case.scope
-        active = {role: weight for role, weight in weights.items() if weight != 0.0}
+        numbers = {role: weight(oracle.losses[role]) if callable(weight) else weight for role, weight in weights.items()}
+        active = {role: weight for role, weight in numbers.items() if weight != 0.0}
         base = sum(weight * oracle.losses[role] for role, weight in active.items())
         parameters = {name: p for name, p in oracle.parameters.items() if name in scope}
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -500,7 +507,7 @@ class _ForwardOnly:
             return
         generator = self._oracle.draws.key.at("directions", self._oracle.step).generator()
         for _ in range(self._directions):
-            direction = {name: torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            direction = {name: runtime.shard_like(torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device), p)
                          for name, p in parameters.items()}
             scope.cut(direction, self._oracle.case.model)
             yield {name: self._mu * values for name, values in direction.items()}, direction, 1.0 / self._directions
@@ -508,11 +515,13 @@ class _ForwardOnly:
     def _coordinates(self, parameters: Mapping[str, Tensor], scope: Scope) -> Any:
         for name, p in parameters.items():
             mask = scope.mask(name, p)
+            free = None if mask is None else runtime.whole(mask).flatten()
             for index in range(p.numel()):
-                if mask is not None and not bool(mask.flatten()[index]):
+                if free is not None and not bool(free[index]):
                     continue
-                unit = torch.zeros_like(p)
+                unit = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
                 unit.view(-1)[index] = 1.0
+                unit = runtime.shard_like(unit, p)
                 yield {name: self._mu * unit}, {name: unit}, 1.0
 
 

@@ -182,9 +182,14 @@ class Task(Protocol):
         stochastic: whether ``prepare`` draws anything that reaches the model (then nothing per example can be cached).
     """
 
-    name: str
-    unit: str
-    stochastic: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def stochastic(self) -> bool: ...
 
     def check(self, data: Data, name: str) -> None:
         """Refuse data that this task cannot use (labels outside the classes, NaN), with one clear sentence."""

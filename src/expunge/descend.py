@@ -30,13 +30,13 @@ class Guard:
 
     Args:
         rise: share of the way to chance that the retain loss may go, in (0, 1].
-        checks: how often over the run, evenly; the last one is at the end.
+        checks: how often over the run, evenly; or after which steps. The last one is at the end in any case.
         patience: checks in a row that must find the loss outside before the run stops; at the end one is enough.
         probe: retain examples looked at.
     """
 
     rise: float = 0.25
-    checks: int = 10
+    checks: int | tuple[int, ...] = 10
     patience: int = 3
     probe: int = 128
 
@@ -88,6 +88,7 @@ class Descend:
         roles = self.roles()
         steps = self.count(case, roles)
         if steps > 0:
+            runtime.reshard(case.model)
             with _opened(case, self.norm_stats == "live"):
                 _Run(self, case, roles, steps, key).go()
         return replace(case, rng=rng)
@@ -112,6 +113,9 @@ class Descend:
         if self.accumulate > 1 and self.norm_stats == "live":
             raise Refused("accumulate > 1 with norm_stats='live' is refused: batch statistics would depend on how a batch "
                           "is cut; use norm_stats='frozen' or accumulate=1")
+        if runtime.world() > 1 and self.norm_stats == "live":
+            raise Refused("norm_stats='live' with several processes is refused: each would see the batch statistics of its own "
+                          "rows; use norm_stats='frozen'")
         for role, on in roles.items():
             if on.source is not None:
                 case.request.data(on.source)
@@ -150,7 +154,7 @@ class _Run:
         self.step = 0
 
     def go(self) -> None:
-        checkpoint = self.case.journal.enter(repr(self.plan)) if self.case.journal is not None else None
+        checkpoint = self.case.journal.enter(self.plan) if self.case.journal is not None else None
         if checkpoint is not None and (saved := checkpoint.load()) is not None:
             self._restore(saved)
         elif self.watched is not None:
@@ -269,7 +273,9 @@ class _Watch:
     def __init__(self, guard: Guard, case: Case, key: Key, steps: int):
         self.guard, self.case, self.key = guard, case, key.at("guard")
         self.data = self._probe()
-        self.at = {math.ceil((i + 1) * steps / guard.checks) for i in range(guard.checks)} | {steps}
+        checks = guard.checks
+        even = [math.ceil((i + 1) * steps / checks) for i in range(checks)] if isinstance(checks, int) else checks
+        self.at = {step for step in even if step < steps} | {steps}
         self.bound = math.inf
         self.kept: dict[str, Tensor] = {}
         self.kept_step, self.outside, self.start = 0, 0, math.nan

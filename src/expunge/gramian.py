@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq, lsq_linear, nnls
+from scipy.optimize import brentq, nnls
 from torch import Tensor
 
 from expunge.core import Refused
@@ -271,8 +271,7 @@ def aligned(
 
 
 RULES: dict[str, Rule] = {
-    rule.__name__: rule
-    for rule in (one_sided, pcgrad, upgrad, dual_proj, mgda, cagrad, imtl_g, nash, aligned)
+    rule.__name__: rule for rule in (one_sided, pcgrad, upgrad, dual_proj, mgda, cagrad, imtl_g, nash, aligned)
 }
 """The rules by name, each usable with its defaults."""
 
@@ -324,14 +323,28 @@ def _factor(g: Array) -> Array:
 
 
 def _multipliers(g: Array, linear: Array, most: float) -> Array:
-    """``argmin_v 1/2 v^T G v + linear.v`` over ``0 <= v <= most``, solved for unit gradients by an active-set method."""
+    """``argmin_v 1/2 v^T G v + linear.v`` over ``0 <= v <= most``, for unit gradients.
+
+    Each round descends along every coordinate, which finds what is at a bound, then solves for the rest.
+    """
     norms = np.sqrt(g.diagonal())
-    # A slope steeper than all the multipliers together can turn keeps its sign: cut, it has the same solution.
-    slope = np.clip(linear / norms, -most * norms.sum(), most * norms.sum())
     factor = _factor(g)
-    target = np.linalg.solve(factor.T, -slope)
-    box = (np.zeros(len(g)), most * norms)
-    return np.asarray(lsq_linear(factor, target, box, method="bvls", tol=1e-15, max_iter=1000).x / norms)
+    kernel = factor.T @ factor
+    top = most * norms
+    # A slope steeper than all multipliers together can turn keeps its sign: cut, it has the same solution.
+    slope = np.clip(linear / norms, -top.sum(), top.sum())
+    x = np.zeros(len(g))
+    for _ in range(200):
+        for k in range(len(g)):
+            x[k] = np.clip(x[k] - (kernel[k] @ x + slope[k]) / kernel[k, k], 0.0, top[k])
+        free = np.flatnonzero((x > 0) & (x < top))
+        if len(free):
+            move = np.linalg.solve(kernel[np.ix_(free, free)], -(kernel @ x + slope)[free])
+            room = np.where(move > 0, top[free] - x[free], x[free]) / np.maximum(np.abs(move), 1e-300)
+            x[free] = np.clip(x[free] + min(1.0, room.min()) * move, 0.0, top[free])
+        if np.abs(x - np.clip(x - kernel @ x - slope, 0.0, top)).max() <= 1e-14 * np.abs(slope).max():
+            break
+    return np.asarray(x / norms)
 
 
 def _length(g: Array, w: Array) -> float:

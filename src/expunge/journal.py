@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -99,6 +100,11 @@ def load_tree(path: Path) -> Any:
         raise Refused(f"{path} is not a whole checkpoint of expunge ({error}); delete it, or give another out folder") from error
 
 
+def described(part: Any) -> str:
+    """What a part says of itself, without the addresses of functions, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
+
+
 class Checkpoint:
     """The file of one Descend inside one stage."""
 
@@ -163,11 +169,11 @@ class Journal:
         finally:
             self._stage = -1
 
-    def enter(self, plan: str) -> Checkpoint:
+    def enter(self, plan: Any) -> Checkpoint:
         """The checkpoint of the next Descend in this stage."""
         self._inside += 1
         name = f"inside-{self._stage}-{self._inside}.safetensors"
-        return Checkpoint(self.folder / name, plan, self.every)
+        return Checkpoint(self.folder / name, described(plan), self.every)
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished run."""

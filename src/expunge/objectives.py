@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expunge import runtime
 from expunge.core import Batch, Case, Key, Objective, Refused
 
 
@@ -52,12 +53,14 @@ class RandomLabel:
     """NLL of a wrong answer drawn by the task: a random other class, a refusal, another prompt.
 
     Golatkar et al. 2020, Graves et al. 2021. Never the true answer: authors' code draws over all classes, the formula
-    of SalUn (arXiv:2310.12508) excludes the truth, and so does this. Redrawn at every step.
+    of SalUn (arXiv:2310.12508) excludes the truth, and so does this. Redrawn at every step. Where a wrong answer is
+    what the model itself says of a wrong condition (diffusion), the task makes it with ``wrong_target``.
     """
 
     def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
         """The batch with wrong answers."""
-        return case.task.relabel(batch, rng)
+        wrong_target = getattr(case.task, "wrong_target", None)
+        return case.task.relabel(batch, rng) if wrong_target is None else wrong_target(case, batch, rng)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         return case.task.nll(case.model, batch) / case.task.units(batch)
@@ -165,6 +168,9 @@ class Margin:
         if not hasattr(case.task, "logits"):
             raise Refused(f"objective Margin needs class logits, which task {case.task.name!r} does not have")
         logits = case.task.logits(case.model, batch)
+        if logits.ndim != 2:
+            raise Refused(f"objective Margin needs one row of class logits per example; task {case.task.name!r} gives "
+                          f"{logits.ndim - 1} dimensions of them")
         label = case.task.labels(batch)[:, None]
         true = logits.gather(1, label).squeeze(1)
         other = logits.scatter(1, label, -torch.inf).amax(1)
@@ -178,7 +184,7 @@ class L1:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        return sum(p.abs().sum() for p in case.scope.parameters(case.model).values()).reshape(1)  # type: ignore[union-attr]
+        return sum(runtime.whole(p.abs().sum()) for p in case.scope.parameters(case.model).values()).reshape(1)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ class Norm:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        square = sum(p.square().sum() for p in case.scope.parameters(case.model).values())
+        square = sum(runtime.whole(p.square().sum()) for p in case.scope.parameters(case.model).values())
         root = torch.sqrt(torch.where(square > 0, square, torch.ones_like(square)))  # type: ignore[arg-type,operator]
         return torch.where(square > 0, root, torch.zeros_like(root)).reshape(1)  # type: ignore[arg-type,operator]
 
@@ -212,6 +218,7 @@ class EWC:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        terms = [(self.importance[name] * (p - self.anchor[name]).square()).sum()
+        terms = [runtime.whole((runtime.shard_like(self.importance[name], p)
+                                * (p - runtime.shard_like(self.anchor[name], p)).square()).sum())
                  for name, p in case.scope.parameters(case.model).items()]
         return 0.5 * torch.stack(terms).sum().reshape(1)

@@ -25,6 +25,9 @@ class Diverged(RunFailed):
     """A loss or a weight stopped being a finite number."""
 
 
+Weight = float | Callable[[float], float]
+
+
 @dataclass(frozen=True)
 class On:
     """An objective and the data it reads: the name of a Data of the request, or None for a penalty on parameters."""
@@ -148,11 +151,12 @@ class Oracle:
         with torch.no_grad(), self._shifted():
             return self._finish(role, sum(float(loss.double()) for loss in self._pieces(role)))
 
-    def grad(self, weights: Mapping[str, float], scope: Scope | None = None) -> Grads:
+    def grad(self, weights: Mapping[str, Weight], scope: Scope | None = None) -> Grads:
         """Gradient of sum_k weights[k] losses[k]; a role of weight 0 costs nothing.
 
         Args:
-            weights: role -> weight.
+            weights: role -> weight; or a function of that role's own loss, known by the time its graph is there, so
+                that a weight that depends on the loss costs no extra pass and no second gradient.
             scope: differentiate these coordinates only (default: the Case's scope).
 
         Raises:
@@ -162,23 +166,53 @@ class Oracle:
         parameters = {name: p for name, p in self.parameters.items() if name in scope}
         with self._only(parameters), self._shifted():
             for role, weight in weights.items():
-                if weight == 0.0:
-                    continue
-                total = 0.0
-                for loss in self._pieces(role):
-                    (loss * weight).backward()
-                    self.case.meter.differentiated()
-                    total += float(loss.detach().double())
-                self.losses.known[role] = self._finish(role, total)
+                if callable(weight):
+                    self._backward_by_loss(role, weight, parameters)
+                elif weight != 0.0:
+                    self.losses.known[role] = self._finish(role, self._backward(role, lambda _loss, w=weight: w))
         if all(weight == 0.0 for weight in weights.values()):
             return {}
         return scope.cut(self.case.scope.cut(runtime.gradient(parameters), self.case.model), self.case.model)
+
+    def _backward(self, role: str, weigh: Callable[[float], float]) -> float:
+        """Accumulate the gradient of the role's pieces, each weighted; the role's loss on this process."""
+        total = 0.0
+        for loss in self._pieces(role):
+            if not loss.requires_grad:
+                raise RunFailed(f"the loss of role {role!r} depends on none of the {len(self.parameters)} parameters in scope: widen "
+                                f"the scope, or check that the model does not detach its output")
+            value = float(loss.detach().double())
+            (loss * weigh(value)).backward()
+            self.case.meter.differentiated()
+            total += value
+        return total
+
+    def _backward_by_loss(self, role: str, weigh: Callable[[float], float], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Accumulate the role's gradient times a function of its loss over the whole logical batch."""
+        if self.accumulate == 1 and runtime.world() == 1:
+            self.losses.known[role] = self._finish(role, self._backward(role, weigh))
+            return
+        held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        self.losses.known[role] = self._finish(role, self._backward(role, lambda _loss: 1.0))
+        scale = weigh(self.losses.known[role])
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+                if name in held:
+                    parameter.grad.add_(held[name])
+            else:
+                parameter.grad = held.get(name)
 
     def hvp(self, vectors: Mapping[str, Grads]) -> Grads:
         """sum_k H_k vectors[k], by differentiating twice. Needs the math attention kernel, which it selects."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         names = list(self.parameters)
+        if any(runtime.sharded(p) for p in self.parameters.values()):
+            raise RunFailed("second derivatives of sharded parameters are not available: run data parallel, or take a difference "
+                            "of gradients with oracle.at(shift)")
         with self._shifted(), sdpa_kernel(SDPBackend.MATH):
             for role, vector in vectors.items():
                 total = 0.0
@@ -198,7 +232,7 @@ class Oracle:
         batch = self.draws.batch(role)
         if getattr(objective, "parameters_only", False):
             self.case.meter.forget_graph()
-            yield objective(self.case, batch).sum() / runtime.world()
+            yield runtime.whole(objective(self.case, batch)).sum() / runtime.world()
             return
         weight = example_weights(self.case, objective, batch)
         whole = float(weight.sum())
@@ -290,9 +324,12 @@ def mean_loss(case: Case, data: Data, objective: Objective, size: int, key: Key)
 def sum_gradient(case: Case, objective: Objective, batch: Batch) -> Grads:
     """Gradient of the SUM over the batch of the objective, in scope. The batch must be prepared."""
     parameters = case.scope.parameters(case.model)
-    case.meter.forget_graph()
-    per_example(case, objective, batch).sum().backward()
-    case.meter.differentiated()
+    for index, real in runtime.pieces(rows_of(batch), 1):  # one piece: this process's rows
+        part = batch if runtime.world() == 1 else map_tensors(lambda t, i=index: t[i.to(t.device)], batch)
+        case.meter.forget_graph()
+        values = per_example(case, objective, part)
+        (values * real.to(values)).sum().backward()
+        case.meter.differentiated()
     return case.scope.cut(runtime.gradient(parameters), case.model)
 
 

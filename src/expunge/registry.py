@@ -53,7 +53,8 @@ class Method:
         build: keyword-only settings -> Stage.
         paper: identifier of the source.
         tasks: names of the tasks it is for.
-        needs: of ``forget``, ``retain``, ``valid``, ``teacher:original``.
+        needs: of ``forget``, ``retain``, ``valid``, ``teacher:original``; with ``|`` between alternatives, among which may be
+            ``column:NAME``, a column of the forget data.
         dose: name of the setting that is 0 for the identity; None with a reason in `departures`.
         promise: "approximate", or "exact" where it equals retraining to the bit.
         cost: ``{"forward": expression, "backward": expression}`` in rows, over the settings and n_forget, n_retain.
@@ -148,15 +149,19 @@ class Bound:
         return _METHODS[self.name]
 
 
-def check_needs(bound: Bound, request: Request, teachers: Mapping[str, Any]) -> None:
-    """Refuse a method whose needs the request does not meet."""
+def check_needs(bound: Bound, request: Request, teachers: Mapping[str, Any], provided: Iterable[str] = ()) -> None:
+    """Refuse a method whose needs neither the request, nor the teachers, nor what is `provided` before it, meet."""
+    columns = request.forget.columns if request.forget is not None else {}
+    have = {*provided, *(f"teacher:{name}" for name in teachers), *(f"column:{name}" for name in columns)}
     for need in sorted(bound.spec.needs):
-        if need.startswith("teacher:"):
-            if need.removeprefix("teacher:") not in teachers:
-                raise Refused(f"method {bound.name} needs the original model as a teacher, and copy=False leaves none: use "
-                              f"copy=True, or run it in an adapter")
-        elif getattr(request, need, None) is None:
-            raise Refused(f"method {bound.name} needs {need} data and the request has none")
+        kinds = need.split("|")
+        if any(kind in have or getattr(request, kind, None) is not None for kind in kinds):
+            continue
+        if kinds[0].startswith("teacher:"):
+            cached = "".join(f", or cache the column {kind.removeprefix('column:')!r} first" for kind in kinds[1:])
+            raise Refused(f"method {bound.name} needs the original model as a teacher, and copy=False leaves none: use "
+                          f"copy=True, or run it in an adapter{cached}")
+        raise Refused(f"method {bound.name} needs {need} data and the request has none")
 
 
 def check_setting(owner: str, name: str, value: Any, hint: Any) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from expunge import runtime
 from expunge.core import Case, Chain, Key, Refused, Request, Stage, Task, chain, eval_mode
 from expunge.data.sources import fingerprint
 from expunge.data.split import disjoint
-from expunge.journal import Journal, write_bytes
+from expunge.journal import Journal, described, write_bytes
 from expunge.meter import Meter, peak_bytes
 from expunge.registry import Bound, check_needs, find, methods
 from expunge.scope import Scope
@@ -54,7 +54,7 @@ class Outcome:
 
 def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Stage, seed: int = 0,
             out: str | Path | None = None, copy: bool = True, scope: Scope | Sequence[str] | None = None,
-            every: float = 20.0) -> Outcome:
+            every: float = 20.0, shard: Callable[[nn.Module], nn.Module] | None = None) -> Outcome:
     """Make a trained model forget.
 
     The caller's model, data, flags and global random state are not touched (with ``copy=True``). The same call with
@@ -72,32 +72,44 @@ def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Sta
             "original", and methods that need one are refused.
         scope: what may change: a Scope, or name patterns; everything trainable by default.
         every: seconds between checkpoints inside a stage.
+        shard: applied to the copy before work starts, for models spread over processes (FSDP2's ``fully_shard`` and the
+            like): a sharded model cannot be copied, so the copy comes first. Every process makes the same call; the first
+            one writes, and no checkpoint is kept inside the run.
 
     Raises:
         Refused: for bad input or unmet needs, before any work.
         RunFailed: for a run that could not finish.
     """
     name, stage = resolve(method)
+    runtime.reshard(model)
+    if copy and any(runtime.sharded(p) for p in model.parameters()):
+        raise Refused("a sharded model cannot be copied: give the whole model and shard=a function that shards it, or copy=False")
     check_request(request, task)
     check_model(model, request, task)
     teachers = {"original": model} if copy else {}
-    for bound in bounds(stage):
-        check_needs(bound, request, teachers)
+    provided: set[str] = set()
+    for part in parts(stage):
+        if isinstance(part, Bound):
+            check_needs(part, request, teachers, provided)
+        provided.update(getattr(part, "provides", ()))
     chosen = _scope(model, scope)
     identity = _identity(name, stage, seed, model, request, task, chosen)
-    folder = None if out is None else _open(Path(out), identity, model)
+    if not runtime.same(identity):
+        raise Refused("the processes of this run hold different models, data or settings: give each of them the same")
+    folder = None if out is None else runtime.on_first(lambda: _open(Path(out), identity, model))
     if folder is not None and (folder / RECORD).exists():
-        return _finished(folder, model)
+        return _finished(folder, model, shard)
     work = copying.deepcopy(model) if copy else model
+    work = work if shard is None else runtime.reshard(shard(work))
     case = Case(work, request, task, chosen, teachers, Key(seed), Meter(),
-                None if folder is None else Journal(folder / "checkpoint", every))
+                Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None)
     case = _run(stage, case)
     _say_if_unchanged(case, model if copy else None)
     record = _record(name, stage, seed, task, request, identity, case)
     if folder is not None:
         with writing(folder):
             save_weights(case.model, folder / WEIGHTS)
-            write_bytes(folder / RECORD, json.dumps(record, indent=1).encode())
+            runtime.on_first(lambda: write_bytes(folder / RECORD, json.dumps(record, indent=1).encode()))
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     return Outcome(case.model, record, case)
 
@@ -111,15 +123,24 @@ def resolve(method: str | Stage) -> tuple[str, Stage]:
     return getattr(method, "name", type(method).__name__), method
 
 
+def parts(stage: Stage) -> Iterator[Stage]:
+    """The stages that a stage is made of, in order: chains opened, a bracket before what it brackets.
+
+    A stage or bracket may have ``provides``, names of needs (``column:reference``, ``teacher:original``) that it meets
+    for those after or inside it.
+    """
+    if isinstance(stage, Chain):
+        for part in stage.stages:
+            yield from parts(part)
+        return
+    yield stage
+    if callable(getattr(stage, "inner", None)):
+        yield from parts(stage.inner)
+
+
 def bounds(stage: Stage) -> Iterator[Bound]:
     """The registered methods inside a stage, brackets included."""
-    if isinstance(stage, Bound):
-        yield stage
-    elif isinstance(stage, Chain):
-        for part in stage.stages:
-            yield from bounds(part)
-    elif callable(getattr(stage, "inner", None)):
-        yield from bounds(stage.inner)
+    return (part for part in parts(stage) if isinstance(part, Bound))
 
 
 def check_request(request: Request, task: Task) -> None:
@@ -169,7 +190,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     """blake2b of names, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        value = runtime.local(tensors[name]).detach().cpu().contiguous()
+        value = runtime.whole(tensors[name].detach()).cpu().contiguous()
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
@@ -188,8 +209,8 @@ def _identity(name: str, stage: Stage, seed: int, model: nn.Module, request: Req
 
 def _settings(stage: Stage) -> Any:
     if isinstance(stage, Bound):
-        return {n: v if isinstance(v, (bool, int, float, str, type(None))) else repr(v) for n, v in stage.settings}
-    return repr(stage)
+        return {n: v if isinstance(v, (bool, int, float, str, type(None))) else described(v) for n, v in stage.settings}
+    return described(stage)
 
 
 class writing:  # noqa: N801 - a context manager, used as a verb
@@ -237,10 +258,9 @@ def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
     return folder
 
 
-def _finished(folder: Path, model: nn.Module) -> Outcome:
-    work = copying.deepcopy(model)
-    load_weights(work, folder / WEIGHTS)
-    return Outcome(work, json.loads((folder / RECORD).read_text()))
+def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None) -> Outcome:
+    work = load_weights(copying.deepcopy(model), folder / WEIGHTS)
+    return Outcome(work if shard is None else runtime.reshard(shard(work)), json.loads((folder / RECORD).read_text()))
 
 
 def _run(stage: Stage, case: Case) -> Case:
@@ -257,8 +277,15 @@ def _say_if_unchanged(case: Case, before: nn.Module | None) -> None:
     if before is None:
         return
     old, new = before.state_dict(), case.model.state_dict()
-    if old.keys() == new.keys() and all(torch.equal(runtime.local(old[n]), runtime.local(new[n])) for n in old):
+    if old.keys() == new.keys() and all(torch.equal(old[n], runtime.whole(new[n])) for n in old):
         case.meter.note("the method changed nothing: the model that comes back is the model that went in")
+
+
+def _rows(meter: Meter) -> dict[str, int]:
+    """What was counted, on all processes together."""
+    counted = [meter.forward, meter.backward, meter.checks]
+    total = runtime.all_sum(torch.tensor(counted, dtype=torch.float64)).tolist()
+    return dict(zip(("forward", "backward", "checks"), map(int, total), strict=True))
 
 
 def _record(name: str, stage: Stage, seed: int, task: Task, request: Request, identity: dict[str, Any], case: Case) -> dict[str, Any]:
@@ -269,8 +296,7 @@ def _record(name: str, stage: Stage, seed: int, task: Task, request: Request, id
         "expunge": __version__, **identity, "paper": found.spec.paper if found is not None else None,
         "promise": found.spec.promise if found is not None else None, "examples": sizes,
         "result": hash_tensors(dict(case.model.state_dict())),
-        "cost": {"seconds": meter.seconds, "forward": meter.forward, "backward": meter.backward, "checks": meter.checks,
-                 "peak_bytes": peak_bytes()},
+        "cost": {"seconds": meter.seconds, **_rows(meter), "peak_bytes": peak_bytes()},
         "machine": {"python": platform.python_version(), "torch": torch.__version__, "processes": runtime.world(),
                     "threads": torch.get_num_threads(), "device": str(runtime.device_of(case.model))},
         "notes": list(meter.notes), "history": list(meter.history),
@@ -278,9 +304,12 @@ def _record(name: str, stage: Stage, seed: int, task: Task, request: Request, id
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write parameters and buffers as safetensors, under canonical names (tied weights once), whole or not at all."""
-    tensors = {name: runtime.local(t).detach().cpu().contiguous() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    write_bytes(Path(path), save(tensors, metadata={"format": "pt"}))
+    """Write parameters and buffers as safetensors, under canonical names (tied weights once), whole or not at all.
+
+    With several processes each must call it; the first one writes.
+    """
+    tensors = {name: runtime.whole(t.detach()).cpu().contiguous() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    runtime.on_first(lambda: write_bytes(Path(path), save(tensors, metadata={"format": "pt"})))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -311,7 +340,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
             raise Refused(f"{path} does not fit the model: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}")
     with torch.no_grad():
         for name, target in wanted.items():
-            target.copy_(tensors[name])
+            target.copy_(runtime.shard_like(tensors[name], target))
     return model
 
 

@@ -10,13 +10,17 @@ are summed. Under FSDP2 the parameters are sharded tensors, whose gradients arri
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from expunge.core import Grads, RunFailed, map_tensors
+
+T = TypeVar("T")
+
 
 def world() -> int:
     """Processes that work on this run together."""
@@ -38,6 +42,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The entire tensor, gathered where it is sharded (differentiable). Every process must call it."""
+    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def reshard(model: nn.Module) -> nn.Module:
+    """Have sharded modules free their gathered weights after every forward pass, the outermost one too.
+
+    FSDP2 leaves the outermost gathered until a backward pass; after a look without gradient the model would then show
+    plain tensors instead of shards, and the next forward pass would not see what was written to the shards.
+    """
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()  # type: ignore[operator]
+    return model
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are (CPU for a model without any)."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -50,15 +72,42 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum a plain tensor over processes."""
-    if world() > 1:
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-    return tensor
+    if world() == 1:
+        return tensor
+    there = tensor.clone() if dist.get_backend() == "gloo" else tensor.to("cuda")  # NCCL knows no CPU tensors
+    dist.all_reduce(there)
+    return there.to(tensor.device)
+
+
+def same(value: object) -> bool:
+    """Whether every process holds an equal value (anything that pickles). Every process must call it."""
+    if world() == 1:
+        return True
+    values: list[object] = [None] * world()
+    dist.all_gather_object(values, value)
+    return all(other == values[0] for other in values)
 
 
 def batch_sum(values: Tensor) -> float:
     """Sum of a [b] tensor over the logical batch (all processes), in float64."""
     return float(all_sum(values.detach().double().sum().reshape(1)))
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """Do something on the first process only; its answer, or its error, is every process's."""
+    if world() == 1:
+        return work()
+    box: list[Any] = [None]
+    if rank() == 0:
+        try:
+            box = [(work(), None)]
+        except Exception as error:  # handed to the others, or they would wait for ever
+            box = [(None, error)]
+    dist.broadcast_object_list(box)
+    answer, error = box[0]
+    if error is not None:
+        raise error
+    return answer
 
 
 def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
@@ -68,10 +117,12 @@ def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
         RunFailed: when no parameter received a gradient. A missing gradient is never turned into zeros: under sharded
             parameters that would be a run that silently trains nothing.
     """
+    here = torch.tensor([parameter.grad is not None for parameter in parameters.values()], dtype=torch.float64)
+    anywhere = all_sum(here) > 0  # processes must agree on the names, or their collectives would not meet
     grads: Grads = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            grads[name] = parameter.grad
+    for (name, parameter), some in zip(parameters.items(), anywhere.tolist(), strict=True):
+        if some:
+            grads[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
     if not grads:
         raise RunFailed(f"no gradient reached any of the {len(parameters)} parameters in scope: expected a loss that "
@@ -79,7 +130,7 @@ def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
     if world() > 1:
         for name, grad in grads.items():
             if sharded(grad):
-                grad.mul_(world())  # FSDP averages over processes, a sum is wanted
+                local(grad).mul_(world())  # FSDP averages over processes, a sum is wanted
             else:
                 dist.all_reduce(grad)
     return grads
@@ -152,11 +203,8 @@ def threshold(scores: Mapping[str, Tensor], keep: float) -> float:
 
     Exact where all scores fit on one process (they are gathered); linear-time selection, no full sort.
     """
-    flat = torch.cat([local(s).detach().flatten().float() for s in scores.values()])
-    if world() > 1 and any(sharded(s) for s in scores.values()):
-        parts: list[Tensor | None] = [None] * world()
-        dist.all_gather_object(parts, flat)
-        flat = torch.cat([part for part in parts if part is not None])
+    flat = torch.cat([whole(s.detach()).flatten() for s in scores.values()])
+    flat = flat if flat.dtype == torch.float64 else flat.float()
     count = flat.numel()
     kept = round(keep * count)
     if kept <= 0:
@@ -170,7 +218,8 @@ def shard_like(mask: Tensor, parameter: Tensor) -> Tensor:
         return mask
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(mask, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    return distribute_tensor(mask.to(parameter.device), mesh, placements, src_data_rank=None)  # all have it: nothing is sent
 
 
 def where(mask: Tensor, new: Tensor, old: Tensor) -> None:
@@ -181,6 +230,9 @@ def where(mask: Tensor, new: Tensor, old: Tensor) -> None:
 
 
 def finite(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> bool:
-    """Whether every floating entry is a finite number."""
-    values = tensors.values() if isinstance(tensors, Mapping) else tensors
-    return all(bool(torch.isfinite(local(t)).all()) for t in values if t.is_floating_point())
+    """Whether every floating entry is a finite number, on every process."""
+    values = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
+    good = all(bool(torch.isfinite(local(t)).all()) for t in values if t.is_floating_point())
+    if any(sharded(t) for t in values):  # one answer, or one process would stop and the others wait for it
+        good = float(all_sum(torch.tensor([float(not good)]))) == 0
+    return good

@@ -121,18 +121,28 @@ class Scope:
 
     def count(self, model: nn.Module) -> int:
         """How many coordinates are in scope."""
-        return sum(p.numel() if isinstance(self.masks[n], bool) else int(self.masks[n].sum())
-                   for n, p in self.parameters(model).items())
+        masks = ((p, self.masks[n]) for n, p in self.parameters(model).items())
+        return sum(p.numel() if isinstance(mask, bool) else int(runtime.whole(mask).sum()) for p, mask in masks)
 
 
 def _and(a: Mask, b: Mask) -> Mask:
     if isinstance(a, bool) or isinstance(b, bool):
         return b if isinstance(a, bool) else a
+    a, b = _alike(a, b)
     return a & b
 
 
 def _or(a: Mask, b: Mask) -> Mask:
-    return True if isinstance(a, bool) or isinstance(b, bool) else a | b
+    if isinstance(a, bool) or isinstance(b, bool):
+        return True
+    a, b = _alike(a, b)
+    return a | b
+
+
+def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both masks on one device, and both cut as the one that is cut."""
+    a = a.to(b.device)
+    return runtime.shard_like(a, b), runtime.shard_like(b, a)
 
 
 class Guarded:
@@ -175,6 +185,7 @@ def edit(case: Case, values: Mapping[str, Tensor]) -> Case:
         for name, value in values.items():
             if name in case.scope:
                 parameter = parameters[name]
+                value = runtime.shard_like(value, parameter)
                 mask = case.scope.mask(name, parameter)
                 if mask is None:
                     runtime.local(parameter.data).copy_(runtime.local(value))

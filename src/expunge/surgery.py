@@ -1,4 +1,4 @@
-"""Gradient surgery for any differentiable criteria: `surgery` combines their gradients into one harmless update.
+"""Gradient surgery for any differentiable criteria: `surgery` combines their gradients into one update.
 
 The rules are those of `expunge.gramian`; nothing here knows about models, forgetting or data.
 """
@@ -26,10 +26,10 @@ Criterion = Callable[[Any], Any]
 class Surgery(Generic[Variables]):
     """One combined step: ``variables - rate * update``, with what it was made of.
 
-    ``values`` [n] are the criteria at `variables`, ``names`` [n] what they are called, ``weights`` [n] the rule's,
-    ``gramian`` [n, n] the dot products of the gradients. ``cosine`` is between the two gradients of two criteria;
-    None for another number of criteria, or where a gradient is zero. ``gramian @ weights`` is the first-order
-    rate of decrease of each criterion.
+    ``values`` [n] are the criteria at `variables`, ``names`` [n] what they are called, ``weights`` [n] the
+    rule's, ``gramian`` [n, n] the dot products of the gradients. ``cosine`` is between the two gradients of
+    two criteria; None for another number of criteria, or where a gradient is zero. ``gramian @ weights`` is
+    the first-order rate of decrease of each criterion.
     """
 
     update: Variables
@@ -49,31 +49,33 @@ def surgery(
 ) -> Surgery[Variables]:
     """Differentiate the criteria at `variables` and combine their gradients; nothing is changed in place.
 
-    Reverse mode runs one backward pass per criterion. Forward mode runs the criteria once per scalar variable, with
-    a tangent, and gets the derivatives of all criteria at once; it stores no graph, so a long simulation costs
-    no memory. In runs of the criteria, a backward pass counting for two, and so a run with a tangent:
+    Reverse mode runs one backward pass per criterion. Forward mode runs the criteria once per scalar
+    variable, with a tangent, and gets the derivatives of all criteria at once; it stores no graph, so a long
+    simulation costs no memory. In runs of the criteria, a backward pass counting for two, and so a run with a
+    tangent:
 
-    - one callable with n criteria and P scalars: reverse 1 + 2 n, forward 2 P. "auto" runs it once to learn n, so
-      the choice is between 2 n and 2 P more: forward where P < n.
-    - a sequence of callables, each with its own graph: reverse 1 + 2 altogether, forward 2 P: forward where P = 1.
+    - one callable with n criteria and P scalars: reverse 1 + 2 n, forward 2 P. "auto" takes forward for P =
+      1, and else runs it once to learn n: the choice is then between 2 n and 2 P more, forward where P < n.
+    - a sequence of callables, each with its own graph: reverse 1 + 2, forward 2 P: forward where P = 1.
 
     "auto" does not see memory: ask for "forward" where the graph of one run would not fit.
 
-    Not promised: that criteria decrease by a finite step (every statement of a rule is to first order); second
-    derivatives. The n gradients are held at once, and the update takes the place of the first: no further copy.
+    Not promised: that criteria decrease by a finite step (every statement of a rule is to first order);
+    second derivatives. The n gradients are held at once; the update takes their place variable by variable,
+    with no further copy of them.
 
     Args:
-        criteria: a callable of `variables` that returns a dict, tuple, list or 1-D tensor of scalars, all to be
-            minimised; or a sequence of callables that return one scalar each. They must be deterministic.
+        criteria: a callable of `variables` that returns a dict, tuple, list or 1-D tensor of scalars, all to
+            be minimised; or a sequence of callables that return one scalar each. They must be deterministic.
         variables: a floating tensor, or a list, tuple or dict of them. Pass parameters through
             ``torch.func.functional_call``, for a criterion must read what it is handed.
-        rule: a name in `expunge.gramian.RULES`, or a callable from the Gramian (float64 CPU [n, n]) to weights [n],
-            such as ``functools.partial(one_sided, tolerance=0.1)``.
+        rule: a name in `expunge.gramian.RULES`, or a callable from the Gramian (float64 CPU [n, n]) to
+            weights [n], such as ``functools.partial(one_sided, tolerance=0.1)``.
         mode: "auto", "reverse" or "forward".
 
     Raises:
-        Refused: a ValueError. A variable that no criterion depends on, a criterion that depends on none, gradients
-            that are not finite, an unknown rule or mode.
+        Refused: a ValueError. A variable that no criterion depends on, a criterion that depends on none,
+            gradients that are not finite, an unknown rule or mode.
 
     Example:
         >>> import torch
@@ -110,10 +112,10 @@ def _combine(variables: Variables, rule: Rule, values: Grads, gradients: Gradien
     names, rows = tuple(values), [gradients.rows[name] for name in values]
     for name in leaves:
         if not any(name in row for row in rows):
-            raise Refused(f"no criterion depends on variable {name!r}; expected every variable used, drop it or use it")
+            raise Refused(f"no criterion depends on variable {name!r}; expected every one in use: drop it")
     for name, row in zip(names, rows, strict=True):
         if not row:
-            raise Refused(f"criterion {name!r} depends on no variable; expected one computed from what it is handed")
+            raise Refused(f"criterion {name!r} depends on no variable; compute it from what it is handed")
         if not all(bool(torch.isfinite(gradient).all()) for gradient in row.values()):
             raise Refused(f"criterion {name!r} has a gradient that is not finite (value {float(values[name])})")
     n = len(rows)
@@ -132,16 +134,17 @@ def _combine(variables: Variables, rule: Rule, values: Grads, gradients: Gradien
 
 
 def _weighted(leaves: Grads, rows: list[Grads], weights: list[float]) -> Grads:
-    """``sum_i w_i g_i``, written over the first gradient that each variable has."""
+    """``sum_i w_i g_i``, one variable after another, each freeing its gradients as it goes.
+
+    Not in place: autograd may hand out one tensor as the gradient of two variables, or an expanded scalar.
+    """
     update: Grads = {}
     for name in leaves:
         for weight, row in zip(weights, rows, strict=True):
-            if name not in row:
-                continue
-            if name in update:
+            if name in update and name in row:
                 update[name].add_(row.pop(name), alpha=weight)
-            else:
-                update[name] = row.pop(name).mul_(weight)
+            elif name in row:
+                update[name] = row.pop(name) * weight
     return update
 
 
@@ -179,12 +182,7 @@ def _backward(value: Tensor, tensors: Grads, keep: bool) -> Grads:
     if not value.requires_grad:
         return {}
     found = torch.autograd.grad(value, list(tensors.values()), retain_graph=keep, allow_unused=True)
-    # A gradient can alias the graph (that of a sum is an expanded scalar): own it, for the update is written there.
-    return {
-        name: gradient.clone(memory_format=torch.contiguous_format) if gradient._is_view() else gradient
-        for name, gradient in zip(tensors, found, strict=True)
-        if gradient is not None
-    }
+    return {name: gradient for name, gradient in zip(tensors, found, strict=True) if gradient is not None}
 
 
 def _forward(evaluate: Evaluate, leaves: Grads) -> tuple[Grads, Gradients]:
@@ -198,7 +196,8 @@ def _forward(evaluate: Evaluate, leaves: Grads) -> tuple[Grads, Gradients]:
             tangent[position] = 1
             with torch.no_grad(), forward_ad.dual_level():
                 dual = forward_ad.make_dual(leaf, tangent.reshape(leaf.shape))
-                for criterion, output in (pair for graph in evaluate({**fixed, name: dual}) for pair in graph.items()):
+                outputs = [pair for graph in evaluate({**fixed, name: dual}) for pair in graph.items()]
+                for criterion, output in outputs:
                     value, slope = forward_ad.unpack_dual(output)
                     _check_repeats(criterion, values.setdefault(criterion, value.clone()), value)
                     row = rows.setdefault(criterion, {})
@@ -211,8 +210,10 @@ def _forward(evaluate: Evaluate, leaves: Grads) -> tuple[Grads, Gradients]:
 def _check_repeats(name: str, first: Tensor, again: Tensor) -> None:
     """Forward mode runs the criteria once per scalar: columns of different functions make no gradient."""
     if not torch.allclose(first, again, rtol=1e-3, atol=1e-6, equal_nan=True):
-        raise Refused(f"criterion {name!r} gave {float(first)}, then {float(again)} at the same variables; expected a "
-                      "deterministic criterion: draw its randomness before, or use mode='reverse'")
+        raise Refused(
+            f"criterion {name!r} gave {float(first)}, then {float(again)} at the same variables; expected the "
+            "same: draw its randomness beforehand, or use mode='reverse'"
+        )
 
 
 def _rule(rule: str | Rule) -> Rule:
@@ -234,7 +235,7 @@ def _leaves(variables: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Grad
     elif isinstance(variables, list | tuple):
         leaves = {str(index): leaf for index, leaf in enumerate(variables)}
     else:
-        raise Refused(f"variables is a {type(variables).__name__}; expected a tensor, or a list, tuple or dict of them")
+        raise Refused(f"variables is a {type(variables).__name__}; expected a tensor, or a list, tuple or dict")
     if not leaves:
         raise Refused("variables is empty; expected at least one floating tensor")
     for name, leaf in leaves.items():
@@ -255,7 +256,7 @@ def _like(variables: Variables, leaves: Grads) -> Any:
 
 
 def _named(output: Any, alone: str | None) -> dict[str, Tensor]:
-    """The scalars that a callable returned, by name. `alone` is the name of the one scalar of a callable in a sequence."""
+    """The scalars that a callable returned, by name. `alone` names the one of a callable in a sequence."""
     if alone is not None:
         named = {alone: output}
     elif isinstance(output, dict):

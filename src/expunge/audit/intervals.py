@@ -1,0 +1,160 @@
+"""Intervals for what an audit reports: proportions, the area under a ROC curve, means over seeds, resampled statistics.
+
+Pure functions on numpy arrays. Every draw comes from a Key, so the same call gives the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special, stats
+
+from expunge.core import Key, Refused
+
+Interval = tuple[float, float]
+_CELLS = 1 << 22  # resampled entries held at once: bounds the memory of a bootstrap, whatever the data
+
+
+def wilson(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson score interval of a proportion: close to its nominal coverage on average, also for few examples.
+
+    Args:
+        successes: count, any shape. n: trials, >= 1, same shape. level: in (0, 1).
+    """
+    k, n = _counts(successes, n, level)
+    z2 = float(special.ndtri(0.5 + level / 2)) ** 2
+    share = k / n
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return np.where(k == 0, 0.0, centre - half), np.where(k == n, 1.0, centre + half)
+
+
+def clopper_pearson(successes: ArrayLike, n: ArrayLike, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Exact binomial interval: covers at least as often as it says, for every proportion (so it is wider)."""
+    k, n = _counts(successes, n, level)
+    tail = (1 - level) / 2
+    low = np.where(k == 0, 0.0, special.betaincinv(np.maximum(k, 1), n - np.maximum(k, 1) + 1, tail))
+    below = np.minimum(k, n - 1)
+    return low, np.where(k == n, 1.0, special.betaincinv(below + 1, n - below, 1 - tail))
+
+
+def _counts(successes: ArrayLike, n: ArrayLike, level: float) -> tuple[np.ndarray, np.ndarray]:
+    k, total = np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    if np.any(total < 1) or np.any(k < 0) or np.any(k > total):
+        raise Refused(f"expected 0 <= successes <= n with n >= 1, found {successes!r} of {n!r}")
+    if not 0 < level < 1:
+        raise Refused(f"level must lie in (0, 1), found {level!r}")
+    return k, total
+
+
+def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Student's interval of the mean over seeds; infinite for a single one, which says nothing of the spread."""
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) < 2:
+        return -math.inf, math.inf
+    half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * sample.std(ddof=1) / math.sqrt(len(sample))
+    return float(sample.mean() - half), float(sample.mean() + half)
+
+
+def next_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Where one more value of the same kind is expected: mean -+ t s sqrt(1 + 1/n), for normal values, n >= 2."""
+    sample = np.asarray(values, dtype=np.float64)
+    if len(sample) < 2:
+        return -math.inf, math.inf
+    half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * sample.std(ddof=1) * math.sqrt(1 + 1 / len(sample))
+    return float(sample.mean() - half), float(sample.mean() + half)
+
+
+def auc(positive: ArrayLike, negative: ArrayLike) -> float:
+    """P(positive > negative) + P(equal) / 2, by ranks."""
+    return float(_placements(np.asarray(positive, np.float64), np.asarray(negative, np.float64)).mean())
+
+
+def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[n] share of `others` below each value, ties counted half."""
+    ordered = np.sort(others)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / (2 * len(ordered))
+
+
+def auc_interval(positive: ArrayLike, negative: ArrayLike, level: float = 0.95) -> Interval:
+    """DeLong's interval of the area under the ROC curve, on the logit scale, so that it stays inside (0, 1).
+
+    The variance is S10/m + S01/n, the variances of the placement values. At an area of exactly 0 or 1 it is 0 and
+    says nothing: there the exact binomial interval of the smaller group is given.
+
+    Paper: DeLong, DeLong and Clarke-Pearson 1988, with the rank form of Sun and Xu 2014; the logit scale is ours.
+    """
+    first, second = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    if len(first) < 2 or len(second) < 2:
+        return 0.0, 1.0
+    a, b = _placements(first, second), 1 - _placements(second, first)
+    area = float(a.mean())
+    deviation = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+    if area in (0.0, 1.0) or deviation == 0.0:
+        smaller = min(len(a), len(b))
+        low, high = clopper_pearson(round(area * smaller), smaller, level)
+        return float(low), float(high)
+    z = float(special.ndtri(0.5 + level / 2))
+    half = z * deviation / (area * (1 - area))
+    return float(special.expit(special.logit(area) - half)), float(special.expit(special.logit(area) + half))
+
+
+def choices(size: int, draws: int, key: Key, largest: int = 0) -> Iterator[np.ndarray]:
+    """Positions [k, size] drawn with replacement, `draws` rows in all: the same for every caller with the same key.
+
+    How the rows are grouped does not change them; `largest` is the size of the largest array that goes along.
+    """
+    rng = np.random.Generator(np.random.PCG64(key.seed))
+    rows = max(1, _CELLS // max(1, size, largest))
+    for start in range(0, draws, rows):
+        yield rng.integers(0, size, (min(rows, draws - start), size), dtype=np.int64)
+
+
+def resampled_mean(values: ArrayLike, draws: int, key: Key) -> np.ndarray:
+    """[draws] bootstrap means. Two calls with one key and one length resample the same examples: they are paired."""
+    sample = np.asarray(values, dtype=np.float64)
+    return np.concatenate([sample[index].mean(1) for index in choices(len(sample), draws, key)])
+
+
+def resampled_ratio(above: ArrayLike, below: ArrayLike, draws: int, key: Key) -> np.ndarray:
+    """[draws] bootstrap values of sum(above) / sum(below) over examples: a loss per unit. Paired as ``resampled_mean``."""
+    top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.concatenate([top[index].sum(1) / bottom[index].sum(1) for index in choices(len(top), draws, key)])
+
+
+def resampled_auc(positive: ArrayLike, negative: ArrayLike, draws: int, keys: tuple[Key, Key]) -> np.ndarray:
+    """[draws] bootstrap areas under the ROC curve, both groups resampled; paired as ``resampled_mean``."""
+    first, second = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    order = np.argsort(second, kind="stable")
+    left = np.searchsorted(second[order], first, "left")
+    right = np.searchsorted(second[order], first, "right")
+    rank = np.empty(len(second), dtype=np.int64)
+    rank[order] = np.arange(len(second))
+    widest, areas = max(len(first), len(second)), []
+    for ours, theirs in zip(choices(len(first), draws, keys[0], widest), choices(len(second), draws, keys[1], widest),
+                            strict=True):
+        row = np.arange(len(ours))[:, None]
+        counts = np.bincount((rank[theirs] + row * len(second)).ravel(), minlength=theirs.size).reshape(theirs.shape)
+        below = np.zeros((len(theirs), len(second) + 1))
+        np.cumsum(counts, axis=1, out=below[:, 1:])
+        areas.append((below[row, left[ours]] + below[row, right[ours]]).mean(1) / (2 * len(second)))
+    return np.concatenate(areas)
+
+
+def percentile(samples: ArrayLike, level: float = 0.95) -> Interval:
+    """The middle `level` of bootstrap values."""
+    low, high = np.quantile(np.asarray(samples, np.float64), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def distance_interval(value: float, samples: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of a quantity made of absolute differences, which chance only ever makes larger.
+
+    Resampling adds that bias once more, so the percentile interval of a true 0 never holds 0. The upper end is the
+    percentile's; the lower end is reflected (2 value - upper), not below 0. It covers at least as often as it says.
+    """
+    high = max(value, percentile(samples, level)[1])
+    return max(0.0, 2 * value - high), high

@@ -1,0 +1,168 @@
+"""Three small real data sets that come with scikit-learn, each with a task, a network and a way to train it.
+
+They are for the demo, the tests and quick benchmarks: a run takes seconds on a laptop, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from expunge.core import Case, Data, Key, Request, Task
+from expunge.data.sources import as_data
+from expunge.descend import Descend
+from expunge.objectives import NLL
+from expunge.optim import SGD, Cosine
+from expunge.registry import find
+from expunge.scope import Scope
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained from fresh weights: SGD with momentum and a cosine schedule, on the NLL.
+
+    Args:
+        epochs: passes over the data, >= 0; 0 leaves the fresh weights.
+        lr, momentum, weight_decay: of SGD.
+        batch: examples per step, >= 1.
+    """
+
+    epochs: float = 20
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch: int = 64
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Data, task, network and recipe: all that a comparison of methods needs.
+
+    Attributes:
+        name: registry name.
+        train, test: the fixed split; ids are the rows of the original data set.
+        task: the modality.
+        make: a fresh network. It draws from torch's global random state: call it through ``fit`` or ``fresh``.
+        recipe: how that network is trained.
+    """
+
+    name: str
+    train: Data
+    test: Data
+    task: Task
+    make: Callable[[], nn.Module] = field(repr=False)
+    recipe: Recipe
+
+    def fit(self, data: Data | None = None, seed: int = 0) -> nn.Module:
+        """A network trained on `data` (default: the training set), from fresh weights."""
+        return train(self.make, self.train if data is None else data, self.task, seed, **asdict(self.recipe))
+
+
+def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """What `make` builds when the global random state is at `seed`; that state is given back as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(Key(seed).at("fresh").seed)
+        return make()
+
+
+def train(make: Callable[[], nn.Module], data: Data, task: Task, seed: int = 0, *, epochs: float = 20, lr: float = 0.05,
+          momentum: float = 0.9, weight_decay: float = 5e-4, batch: int = 64) -> nn.Module:
+    """Train a fresh network: ``Descend(retain=NLL())`` on all its parameters, in train mode.
+
+    The same arguments give the same bits on the same machine; the global random state is untouched. It does not promise
+    that the recipe suits the network: look at the accuracy.
+
+    Args:
+        make: builds the network, drawing from the global random state.
+        data: what to learn.
+        task: the modality.
+        seed: of the weights and of every batch.
+        epochs, lr, momentum, weight_decay, batch: see ``Recipe``.
+    """
+    model = fresh(make, seed)
+    case = Case(model, Request(retain=data), task, Scope.all(model), rng=Key(seed).at("train"))
+    Descend(retain=NLL(), optimizer=SGD(lr, momentum, weight_decay), schedule=Cosine(warmup=0.05), epochs=epochs, batch=batch,
+            norm_stats="live")(case)
+    return model.eval()
+
+
+def digits() -> Suite:
+    """1,797 handwritten digits of 8 x 8 pixels in 10 classes, and a convolutional network without BatchNorm."""
+    from sklearn.datasets import load_digits
+
+    from expunge.tasks.classification import Classification
+
+    images, labels = load_digits(return_X_y=True)
+    inputs = images.reshape(-1, 1, 8, 8).astype(np.float32) / 16.0
+    train, test = _split("digits", inputs, labels.astype(np.int64))
+    return Suite("digits", train, test, Classification(10), _convolutional, Recipe())
+
+
+def breast_cancer() -> Suite:
+    """569 tumours, 30 measurements each, benign or malignant; a two-layer network."""
+    from sklearn.datasets import load_breast_cancer
+
+    from expunge.tasks.classification import Classification
+
+    inputs, labels = load_breast_cancer(return_X_y=True)
+    train, test = _split("breast_cancer", _standard("breast_cancer", inputs), labels.astype(np.int64))
+    return Suite("breast_cancer", train, test, Classification(2), lambda: _dense(30, 32, 2), Recipe(lr=0.02))
+
+
+def diabetes() -> Suite:
+    """442 patients, 10 measurements each, the progression of diabetes after a year (standardised); a two-layer network."""
+    from sklearn.datasets import load_diabetes
+
+    from expunge.tasks.regression import Regression
+
+    inputs, target = load_diabetes(return_X_y=True)
+    train, test = _split("diabetes", _standard("diabetes", inputs), _standard("diabetes", target[:, None])[:, 0])
+    return Suite("diabetes", train, test, Regression(), lambda: _dense(10, 32, 1), Recipe(lr=0.01))
+
+
+SUITES: dict[str, Callable[[], Suite]] = {"breast_cancer": breast_cancer, "diabetes": diabetes, "digits": digits}
+
+
+def suite(name: str) -> Suite:
+    """The built-in suite of that name.
+
+    Raises:
+        Refused: for an unknown name, with the nearest one.
+    """
+    return find("suite", name, SUITES)()
+
+
+def held_out(name: str, rows: int) -> np.ndarray:
+    """[rows] bool, about a fifth True: a row is in the test set by a hash of its number, so it stays there for ever."""
+    picked = [hashlib.blake2b(f"{name}:{row}".encode(), digest_size=4).digest()[0] % 5 == 0 for row in range(rows)]
+    return np.array(picked)
+
+
+def _split(name: str, inputs: np.ndarray, target: np.ndarray) -> tuple[Data, Data]:
+    everything = as_data({"x": inputs.astype(np.float32), "y": target})
+    test = torch.from_numpy(held_out(name, len(everything)))
+    return everything.select(_where(~test)), everything.select(_where(test))
+
+
+def _where(mask: Tensor) -> Tensor:
+    return torch.nonzero(mask).flatten()
+
+
+def _standard(name: str, values: np.ndarray) -> np.ndarray:
+    """Each column with mean 0 and variance 1 over the training rows."""
+    known = values[~held_out(name, len(values))]
+    return (values - known.mean(0)) / known.std(0)
+
+
+def _convolutional() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def _dense(inputs: int, hidden: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))

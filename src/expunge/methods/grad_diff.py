@@ -1,0 +1,46 @@
+"""Gradient difference (Liu et al. 2022; NegGrad+ of Kurmanji et al. 2023): up on the forget data, down on the retain data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from expunge.combine import Weighted
+from expunge.core import Stage
+from expunge.descend import Descend, Guard
+from expunge.objectives import NLL, Ascent
+from expunge.optim import Adam
+from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
+
+
+@method(paper="arXiv:2203.12817", needs={"forget", "retain"}, dose="steps",
+        cost={side: "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
+              for side in ("forward", "backward")},
+        departures={
+            "batches": "one forget and one retain batch of their own per step, each with its own mean; authors' loops run over "
+                       "the retain set and cycle the forget set, which sees each forget example n_retain / n_forget times",
+            "optimizer": "Adam without weight decay; the published image runs use SGD with momentum",
+            "stopping": "stopped when the loss on retain data leaves its bound",
+            "norm_stats": "frozen by default; the published image runs train with live batch statistics",
+        })
+def grad_diff(*, forget_weight: NonNegative = 0.5, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3, steps: Count = 40,
+              batch: AtLeastOne = 64, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+    """Maximise the loss on the forget data while minimising it on the retain data.
+
+    Still unbounded: once the forget examples are gone their gradient stays near its largest while that of the retain
+    data vanishes, so the forget term wins in the end. It does not promise that the retain data survive.
+
+    Formula: min_theta retain_weight mean over D_r of NLL - forget_weight mean over D_f of NLL. GradDiff has weights
+    1 and 1; NegGrad+ with its alpha has retain_weight = alpha, forget_weight = 1 - alpha.
+
+    Args:
+        forget_weight, retain_weight: of the two losses, >= 0.
+        lr: learning rate of Adam, > 0.
+        steps: optimizer steps, >= 0; 0 changes nothing.
+        batch: forget examples, and as many retain examples, per step, >= 1.
+        norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout.
+
+    Published settings: language models, weights 1 and 1, AdamW, lr 1e-5, 32 examples per step, 10 epochs (TOFU);
+    images, weights 1 and 1, SGD, lr 1e-3, 2 epochs (MUFAC).
+    """
+    return Descend(forget=Ascent(), retain=NLL(), combine=Weighted({"forget": forget_weight, "retain": retain_weight}),
+                   optimizer=Adam(lr), steps=steps, batch=batch, norm_stats=norm_stats, guard=Guard())

@@ -1,0 +1,42 @@
+"""Gradient ascent on the forget set (Graves et al. 2021, Thudi et al. 2022; NegGrad): undo by going the other way."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from expunge.core import Stage
+from expunge.descend import Descend, Guard
+from expunge.objectives import Ascent
+from expunge.optim import Adam
+from expunge.registry import AtLeastOne, Count, Positive, method
+
+
+@method(paper="arXiv:2109.13398", needs={"forget"}, dose="steps",
+        cost={"forward": "steps * min(batch, n_forget)", "backward": "steps * min(batch, n_forget)"},
+        departures={
+            "optimizer": "Adam without weight decay; the published runs use SGD with momentum and weight decay, whose step on "
+                         "memorised examples (gradient near 0) is next to nothing and then too much",
+            "stopping": "stopped when the loss on retain or validation data leaves its bound, where there are any; the paper "
+                        "stops after a fixed number of epochs",
+            "norm_stats": "frozen by default; the published image runs train with live batch statistics",
+        })
+def gradient_ascent(*, lr: Positive = 1e-4, steps: Count = 40, batch: AtLeastOne = 64,
+                    norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+    """Maximise the loss on the forget data.
+
+    Unbounded: it never settles, so the number of steps is what stops it, and utility collapses soon after the forget
+    data are gone. Nothing holds the retain data; where the request has retain or validation data they are only watched.
+    It does not promise that anything but the forget data survives.
+
+    Formula: min_theta -mean over D_f of NLL.
+
+    Args:
+        lr: learning rate of Adam, > 0.
+        steps: optimizer steps, >= 0; 0 changes nothing.
+        batch: forget examples per step, >= 1.
+        norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout.
+
+    The published setting, CIFAR-10 and ResNet-18: SGD, momentum 0.9, weight decay 5e-4, lr 1e-4, batch 256, 5 epochs:
+    ``Descend(forget=Ascent(), optimizer=SGD(1e-4, 0.9, 5e-4), batch=256, epochs=5, norm_stats="live")``.
+    """
+    return Descend(forget=Ascent(), optimizer=Adam(lr), steps=steps, batch=batch, norm_stats=norm_stats, guard=Guard())
