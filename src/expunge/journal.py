@@ -42,6 +42,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what writes that were killed half-way left behind; such files are never read."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """A nest of dicts, lists, numbers, strings and tensors -> a JSON-able nest and the tensors by number."""
     tensors: dict[str, Tensor] = {}
@@ -134,8 +140,9 @@ class Journal:
         folder: the run's own folder.
         every: seconds between two checkpoints inside a Descend; 0 writes at every step.
 
-    A boundary can be written when the model has the structure of the caller's and all data derive from the caller's;
-    otherwise (an adapter attached by hand between stages) the previous boundary stays, and resuming starts there.
+    A boundary can be written when the model has the structure of the caller's, the task is the caller's and all data
+    derive from the caller's; otherwise (an adapter attached by hand between stages) the previous boundary stays, and
+    resuming starts there.
     """
 
     def __init__(self, folder: Path, every: float = 20.0):
@@ -152,7 +159,10 @@ class Journal:
             return case
         stages = _flat(stages)
         self._roots = _named(case.request)
+        structure = {name: t.detach().to("meta") for name, t in _weights(case.model).items()}
+        task = case.task
         path = self.folder / "boundary.safetensors"
+        sweep(self.folder)
         start = 0
         if path.exists():
             saved = load_tree(path)
@@ -161,7 +171,7 @@ class Journal:
             for number in range(start, len(stages)):
                 self._stage, self._inside = number, 0
                 if number > start:
-                    tree = _save_case(case, self._roots)
+                    tree = _save_case(case, self._roots, structure) if case.task is task else None
                     if tree is not None:
                         save_tree(path, {"stage": number, "case": tree})
                 case = stages[number](case)
@@ -208,26 +218,37 @@ def _load_data(tree: Any, roots: Mapping[str, Data]) -> Data:
 
 
 def _same_structure(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and a[name].dtype == b[name].dtype for name in a)
 
 
-def _save_case(case: Case, roots: Mapping[str, Data]) -> Any:
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers (those outside the state dict too) by canonical name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, target in _weights(model).items():
+            target.copy_(weights[name])
+
+
+def _save_case(case: Case, roots: Mapping[str, Data], structure: Mapping[str, Tensor]) -> Any:
     """The Case as a nest, with the caller's own objects by name; None where something in it has no such form."""
     parts = {name: _save_data(data, roots) for name, data in _named(case.request).items()}
     if any(tree is None for tree in parts.values()):
         return None
-    weights = dict(case.model.state_dict())
-    original = case.teachers.get("original")
-    if isinstance(original, nn.Module) and not _same_structure(weights, original.state_dict()):
+    weights = _weights(case.model)
+    if not _same_structure(weights, structure):
         return None
     teachers = {}
     for name, teacher in case.teachers.items():
         if name == "original":
             continue
-        if not isinstance(teacher, nn.Module) or not _same_structure(weights, teacher.state_dict()):
+        if not isinstance(teacher, nn.Module) or not _same_structure(weights, _weights(teacher)):
             return None
-        teachers[name] = dict(teacher.state_dict())
-    return {"weights": weights, "data": parts, "concepts": case.request.concepts, "scope": dict(case.scope.masks),
+        teachers[name] = _weights(teacher)
+    trainable = [name for name, p in case.model.named_parameters() if p.requires_grad]
+    return {"weights": weights, "trainable": trainable, "data": parts, "concepts": case.request.concepts, "scope": dict(case.scope.masks),
             "rng": case.rng.seed, "meter": case.meter.state(), "teachers": teachers}
 
 
@@ -235,8 +256,10 @@ def _load_case(tree: Any, case: Case, roots: Mapping[str, Data]) -> Case:
     teachers = {name: t for name, t in case.teachers.items() if name == "original"}
     for name, weights in tree["teachers"].items():
         teachers[name] = copy.deepcopy(case.model)
-        teachers[name].load_state_dict(weights)
-    case.model.load_state_dict(tree["weights"])
+        _put(teachers[name], weights)
+    _put(case.model, tree["weights"])
+    for name, parameter in case.model.named_parameters():
+        parameter.requires_grad_(name in tree["trainable"])
     parts = {name: _load_data(data, roots) for name, data in tree["data"].items()}
     request = Request(forget=parts.pop("forget", None), retain=parts.pop("retain", None), valid=parts.pop("valid", None),
                       concepts=tuple(tree["concepts"]),

@@ -36,8 +36,11 @@ class Meter:
 
     @contextlib.contextmanager
     def watch(self, *models: nn.Module) -> Iterator[None]:
-        """Count the rows that enter these modules inside the context, each once however often it is watched."""
-        new = {id(model): model for model in models if id(model) not in self._watched}
+        """Count the rows that enter these modules inside the context, each once however often it is watched.
+
+        A module that wraps a watched one (an input vector) is not counted again: its rows go through the inner one.
+        """
+        new = {id(model): model for model in models if self._watched.isdisjoint(map(id, model.modules()))}
         hooks = [model.register_forward_pre_hook(self._count, with_kwargs=True) for model in new.values()]
         self._watched |= new.keys()
         try:

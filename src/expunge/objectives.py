@@ -184,7 +184,7 @@ class L1:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        return sum(runtime.whole(p.abs().sum()) for p in case.scope.parameters(case.model).values()).reshape(1)  # type: ignore[union-attr]
+        return sum(runtime.total(p.abs()) for p in case.scope.parameters(case.model).values()).reshape(1)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Norm:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        square = sum(runtime.whole(p.square().sum()) for p in case.scope.parameters(case.model).values())
+        square = sum(runtime.total(p.square()) for p in case.scope.parameters(case.model).values())
         root = torch.sqrt(torch.where(square > 0, square, torch.ones_like(square)))  # type: ignore[arg-type,operator]
         return torch.where(square > 0, root, torch.zeros_like(root)).reshape(1)  # type: ignore[arg-type,operator]
 
@@ -218,7 +218,7 @@ class EWC:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        terms = [runtime.whole((runtime.shard_like(self.importance[name], p)
-                                * (p - runtime.shard_like(self.anchor[name], p)).square()).sum())
+        terms = [runtime.total(runtime.shard_like(self.importance[name], p)
+                               * (p - runtime.shard_like(self.anchor[name], p)).square())
                  for name, p in case.scope.parameters(case.model).items()]
         return 0.5 * torch.stack(terms).sum().reshape(1)

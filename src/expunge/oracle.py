@@ -232,7 +232,7 @@ class Oracle:
         batch = self.draws.batch(role)
         if getattr(objective, "parameters_only", False):
             self.case.meter.forget_graph()
-            yield runtime.whole(objective(self.case, batch)).sum() / runtime.world()
+            yield objective(self.case, batch).sum() / runtime.world()
             return
         weight = example_weights(self.case, objective, batch)
         whole = float(weight.sum())

@@ -23,7 +23,7 @@ from expunge import runtime
 from expunge.core import Case, Chain, Key, Refused, Request, Stage, Task, chain, eval_mode
 from expunge.data.sources import fingerprint
 from expunge.data.split import disjoint
-from expunge.journal import Journal, described, write_bytes
+from expunge.journal import Journal, described, sweep, write_bytes
 from expunge.meter import Meter, peak_bytes
 from expunge.registry import Bound, check_needs, find, methods
 from expunge.scope import Scope
@@ -229,22 +229,29 @@ class writing:  # noqa: N801 - a context manager, used as a verb
                           f"its last checkpoint") from error
 
 
-def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
-    """Make or re-enter a run's folder; refuse one that holds another run or cannot be written."""
+def check_folder(folder: Path, needed: int = 1 << 20) -> Path:
+    """Make an output folder; refuse one that cannot be written, lacks `needed` bytes, or holds anything but a run of expunge."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise Refused(f"cannot write to {folder}: permission denied; give another out folder")
-    needed = 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + (1 << 20)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise Refused(f"the disk of {folder} is full: {free >> 20} MiB are free, the run needs about {(needed >> 20) + 1} MiB; free "
                       f"some, or give another out folder")
-    marker = folder / "run.json"
-    if not marker.exists():
-        strangers = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+    if not (folder / "run.json").exists():
+        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if strangers:
             raise Refused(f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder")
+    return folder
+
+
+def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
+    """Make or re-enter a run's folder; refuse one that holds another run or cannot be written."""
+    check_folder(folder, 4 * sum(p.numel() * p.element_size() for p in model.parameters()) + (1 << 20))
+    sweep(folder)
+    marker = folder / "run.json"
+    if not marker.exists():
         with writing(folder):
             write_bytes(marker, json.dumps(identity, indent=1).encode())
         return folder

@@ -79,6 +79,31 @@ def all_sum(tensor: Tensor) -> Tensor:
     return there.to(tensor.device)
 
 
+class _AllSum(torch.autograd.Function):
+    """A sum over processes whose gradient goes to each of them: what is computed from it is the same on all."""
+
+    @staticmethod
+    def forward(_ctx: Any, value: Tensor) -> Tensor:
+        return all_sum(value)
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sum of every entry over all shards, differentiable with respect to the shards."""
+    if not sharded(tensor):
+        return tensor.sum()
+    return _AllSum.apply(local(tensor).sum() / _copies(tensor))
+
+
+def _copies(tensor: Tensor) -> int:
+    """How many processes hold the same part of a sharded tensor (more than 1 where shards are replicated too)."""
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return world() // math.prod(mesh.size(i) for i, place in enumerate(placements) if place.is_shard())
+
+
 def same(value: object) -> bool:
     """Whether every process holds an equal value (anything that pickles). Every process must call it."""
     if world() == 1:
@@ -146,7 +171,7 @@ def dot(a: Grads, b: Grads) -> float:
     for name in names:
         value = _dot(local(a[name]), local(b[name])).cpu()
         if sharded(a[name]):
-            shards += value
+            shards += value / _copies(a[name])
         else:
             total += value
     if any(sharded(a[name]) for name in names):

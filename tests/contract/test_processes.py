@@ -80,7 +80,7 @@ def combiners() -> dict[str, Any]:
         "ImplicitSurgery": {form: ImplicitSurgery(form=form, start=0.5) for form in ("log", "raw", "paper")},
         "SAM": {"projection": SAM(OneSidedProjection()), "along": SAM(Weighted(), along=("forget",))},
         "Clip": {"projection": Clip(OneSidedProjection(), 0.05), "wide": Clip(Weighted(), 1e6)},
-        "ZerothOrder": {"directions": ZerothOrder(Weighted(), mu=1e-2, directions=3)},
+        "ZerothOrder": {"directions": ZerothOrder(Weighted(), mu=0.5, directions=3)},
     }
     cases: dict[str, Any] = {}
     for name, kind in registry.parts("combine").items():
@@ -104,7 +104,7 @@ def plans() -> dict[str, Descend]:
         "teacher": Descend(NPO(), Distill(), optimizer=SGD(0.05), **common),
         "whole": Descend(forget, retain, optimizer=SGD(0.05), steps=3, batch=9, guard=Guard(checks=3), watch=1),
         "one row": Descend(forget, retain, optimizer=SGD(0.05), steps=2, batch=1),
-        "stopped": Descend(SimNPO(beta=0.1), optimizer=SGD(3.0), steps=12, batch=9, guard=Guard(rise=0.05, checks=12, patience=1)),
+        "stopped": Descend(SimNPO(beta=0.1), optimizer=SGD(0.05), steps=12, batch=9, guard=Guard(rise=0.05, checks=12, patience=1)),
         "penalties": Descend(forget, retain, others={"sparse": L1(), "size": Norm(), "near": EWC(weights, anchor)},
                              combine=Weighted({"sparse": 0.01, "size": 0.01}), optimizer=SGD(0.05), **common),
     }
@@ -140,7 +140,7 @@ def refusals(shard: Callable[[nn.Module], nn.Module] | None) -> list[str]:
         (RunFailed, {"method": Descend(retain=NLL(), steps=1), "scope": frozen}),
         (RunFailed, {"method": Descend(retain=NLL(), steps=1, combine=OneSidedProjection()), "scope": frozen}),
         (RunFailed, {"method": Descend(SimNPO(), NLL(), steps=1, combine=OneSidedProjection()), "scope": frozen}),
-        (RunFailed, {"method": Descend(retain=NLL(), steps=20, optimizer=SGD(1e30))}),
+        (RunFailed, {"method": Descend(retain=NLL(), steps=20, optimizer=SGD(1e38))}),
         (Refused, {"method": Descend(retain=NLL(), steps=1, norm_stats="live")}),
         (Refused, {"method": Descend(retain=NLL(), steps=1), "seed": runtime.rank()}),
     ]
@@ -256,7 +256,7 @@ def test_two_processes_equal_one(kind: str, name: str, one: dict[str, Any], two:
         assert apart(found["weights"], expected["weights"]) < TOLERANCE
         assert len(found["history"]) == len(expected["history"])
         for row, wanted in zip(found["history"], expected["history"], strict=True):
-            assert row == pytest.approx(wanted, abs=1e-5)
+            assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
         assert found["notes"] == expected["notes"]
         for parameter, value in found["weights"].items():
             mask = masks.get(parameter, torch.tensor(False))

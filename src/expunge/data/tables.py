@@ -106,8 +106,8 @@ def _complete(column: Any, name: str, path: Path) -> None:
     missing = np.flatnonzero(column.isna().to_numpy())
     if len(missing):
         where = _line(path, int(missing[0]))
-        raise Refused(f"{path} has no value in column {name!r} at {where} ({len(missing)} are missing): fill them, or drop the "
-                      f"lines or the column")
+        raise Refused(f"{path} has no value in column {name!r} at {where} ({len(missing)} are missing): fill them, or drop "
+                      f"the lines or the column")
     if _numeric(column):
         infinite = np.flatnonzero(~np.isfinite(column.to_numpy(np.float64)))
         if len(infinite):

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
+
+
+class _Methods(ModuleType):
+    """Importing a file binds its module to the file's name in this package; what people want there is its function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name, value) if isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Methods
 
 
 def __getattr__(name: str) -> Any:

@@ -132,7 +132,7 @@ class Diffusion:
 
     def nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """[b], squared error summed over pixels, from the noise, or from the column ``wanted`` of ``wrong_target``."""
-        return self.divergence(model, batch, batch["wanted"] if "wanted" in batch else batch.get("noise"))
+        return _squared(self.outputs(model, batch), batch["wanted" if "wanted" in batch else "noise"])
 
     def units(self, batch: Batch) -> Tensor:
         """[b], pixels of an image."""
@@ -148,7 +148,7 @@ class Diffusion:
 
         A Gaussian's temperature and the customary factor T^2 cancel: the value does not depend on it.
         """
-        return (self.outputs(model, batch) - target).square().flatten(1).sum(1)
+        return _squared(self.outputs(model, batch), target)
 
     def relabel(self, batch: Batch, rng: Key) -> Batch:
         """The same noised images under another class condition, uniform over the others.
@@ -203,3 +203,7 @@ class Diffusion:
             return under
         empty = self.predict(model, images, time, torch.full_like(labels, self.classes))
         return empty + guidance * (under - empty)
+
+
+def _squared(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found - wanted).square().flatten(1).sum(1)

@@ -1,0 +1,143 @@
+"""Find the demo's settings on requests that the demo never reports: other digits, other splits, other seeds.
+
+Only the demo's training records are used, split again; its test set and its retrained models are never seen. For each
+method every setting of a small grid is run on all tuning requests; the one with the smallest mean share of do-nothing's
+average gap wins. Writes ``bench/results/demo_settings.json``, which the demo's table of settings is copied from (a test
+holds the two together).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import expunge as ex
+from expunge.audit.accuracy import forget_accuracy, retain_accuracy, test_accuracy
+from expunge.audit.membership import membership_auc
+from expunge.audit.subject import Subject
+from expunge.core import Data, Key, Refused, Request, RunFailed
+from expunge.data import builtin
+from expunge.demo import most_memorised
+from expunge.registry import methods
+from expunge.version import revision
+
+RESULT = Path(__file__).parent / "results" / "demo_settings.json"
+DIGITS = {101: 1, 102: 6, 103: 9}  # split seed -> digit; the demo forgets another one
+MEMORISED = (201, 202, 203)
+LIMIT = 0.1  # share of retraining's seconds that a method may take
+
+GRIDS: dict[str, dict[str, list[Any]]] = {
+    "finetune": {"lr": [0.05, 0.1, 0.2], "steps": [60], "batch": [64]},
+    "gradient_ascent": {"lr": [1e-3, 2e-3, 4e-3, 8e-3], "steps": [10, 20, 40]},
+    "grad_diff": {"lr": [3e-4, 1e-3, 2e-3], "steps": [15, 30, 45], "forget_weight": [0.1, 0.3, 1.0]},
+    "random_label": {"lr": [5e-4, 1e-3, 2e-3], "steps": [15, 30, 45]},
+    "l1_sparse": {"lr": [1e-3, 3e-3, 1e-2], "steps": [60], "alpha": [1e-5, 1e-4, 5e-4]},
+    "salun": {"lr": [5e-4, 1e-3, 2e-3], "steps": [15, 30, 45], "keep": [0.3, 0.5]},
+    "ssd": {"threshold": [None, 1.5, 2.0, 4.0], "strength": [0.3, 1.0]},
+    "scrub": {"lr": [3e-4, 1e-3, 2e-3], "epochs": [2, 4], "ascent_epochs": [1, 2]},
+    "bad_teacher": {"lr": [5e-4, 1e-3, 2e-3], "steps": [15, 30, 45]},
+    "influence": {"scale": [0.1, 0.3, 1.0, 3.0]},
+    "npo": {"lr": [3e-4, 1e-3, 2e-3], "steps": [15, 30, 45], "beta": [0.1, 1.0]},
+    "surgery": {"lr": [5e-4, 1e-3, 2e-3], "steps": [15, 30, 45]},
+    "eupmu": {"lr": [5e-4, 1e-3, 2e-3], "steps": [15, 30, 45], "variant": ["implicit", "fast"]},
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A tuning request with its trained models."""
+
+    name: str
+    request: Request
+    test: Data
+    original: nn.Module
+    retrained: tuple[nn.Module, ...]
+    seconds: float
+
+
+def problems(suite: builtin.Suite) -> Iterator[Problem]:
+    """The tuning requests, one at a time."""
+    for seed, kind in [*DIGITS.items(), *((seed, None) for seed in MEMORISED)]:
+        order = torch.randperm(len(suite.train), generator=Key(seed).generator())
+        held = len(order) // 5
+        train, test = suite.train.select(order[held:].sort().values), suite.train.select(order[:held].sort().values)
+        request = ex.split(train, forget=f"label == {kind}") if kind is not None else most_memorised(suite, train, seed)
+        assert request.retain is not None
+        original = suite.fit(train, seed)
+        start = time.perf_counter()
+        retrained = tuple(suite.fit(request.retain, 1000 * seed + i) for i in range(3))
+        yield Problem("memorised" if kind is None else "digit", request, test, original, retrained, (time.perf_counter() - start) / 3)
+
+
+def metrics(problem: Problem, model: nn.Module, task: Any, cache: Any) -> np.ndarray:
+    """The four numbers of the average gap, in points."""
+    subject = Subject(problem.original, model, problem.request, task, problem.test, problem.retrained, draws=2)
+    readings = [forget_accuracy(subject), retain_accuracy(subject), test_accuracy(subject), membership_auc(subject)]
+    return np.array([r.value * (100 if r.name == "membership_auc" else 1) for r in readings if r is not None])
+
+
+def settings_of(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every combination of a grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def search(names: list[str]) -> dict[str, Any]:
+    """method -> request kind -> [(mean share of do-nothing's gap, settings, gaps)], best first."""
+    suite = builtin.suite("digits")
+    rows: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
+    for problem in problems(suite):
+        target = np.mean([metrics(problem, model, suite.task, None) for model in problem.retrained], axis=0)
+        nothing = float(np.abs(metrics(problem, problem.original, suite.task, None) - target).mean())
+        for name in names:
+            for settings in settings_of(GRIDS[name]):
+                try:
+                    outcome = ex.unlearn(problem.original, problem.request, task=suite.task, seed=7,
+                                         method=methods()[name].build(**settings))
+                except (Refused, RunFailed):
+                    continue
+                gap = float(np.abs(metrics(problem, outcome.model, suite.task, None) - target).mean())
+                share = outcome.record["cost"]["seconds"] / problem.seconds
+                rows.setdefault((name, problem.name, json.dumps(settings)), []).append((gap / nothing, gap, share))
+        print(problem.name, "do-nothing", round(nothing, 2), flush=True)
+    found: dict[str, Any] = {}
+    for (name, kind, settings), results in rows.items():
+        left, gaps, shares = (list(column) for column in zip(*results, strict=True))
+        if len(results) < len(DIGITS) or float(np.median(shares)) > LIMIT:
+            continue
+        found.setdefault(name, {}).setdefault(kind, []).append(
+            {"settings": json.loads(settings), "left": float(np.mean(left)), "worst": max(left), "gaps": gaps,
+             "share_of_retraining": float(np.median(shares))})
+    for kinds in found.values():
+        for kind in kinds:
+            kinds[kind] = sorted(kinds[kind], key=lambda row: row["left"])[:3]
+    return found
+
+
+def main() -> None:
+    """Search, print the best, write them."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("methods", nargs="*", default=list(GRIDS))
+    chosen = parser.parse_args().methods
+    found = json.loads(RESULT.read_text())["methods"] if RESULT.exists() else {}
+    found.update(search(chosen))
+    RESULT.write_text(json.dumps({"rule": "mean share of do-nothing's gap over the tuning requests", "digits": DIGITS,
+                                  "memorised_seeds": MEMORISED, "revision": revision(), "methods": found}, indent=1) + "\n")
+    for name, kinds in found.items():
+        for kind, rows in kinds.items():
+            print(f"{name:16s} {kind:10s} left {rows[0]['left']:.2f} worst {rows[0]['worst']:.2f} "
+                  f"gaps {np.round(rows[0]['gaps'], 1)} time {rows[0]['share_of_retraining']:.3f} {rows[0]['settings']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Write the pages that are made from the code: docs/methods, docs/reference, and the README's table of methods.
+
+    python docs/generate.py            # write them
+    python docs/generate.py --check    # exit status 1 if one of them is stale, missing or left over
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from expunge.catalogue import catalogue, link, page, table
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS, REFERENCE, README = ROOT / "docs/methods", ROOT / "docs/reference", ROOT / "README.md"
+BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+NOTE = "<!-- Made by docs/generate.py from the code: change the docstrings, then run `make docs`. -->\n\n"
+KINDS = ("methods", "objectives", "combiners", "measures", "tasks", "suites")
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and its content."""
+    found = {METHODS / f"{method['name']}.md": NOTE + page(method["name"]) for method in catalogue("methods")}
+    for kind in KINDS:
+        found[REFERENCE / f"{kind}.md"] = f"{NOTE}# {kind.capitalize()}\n\n{listing(kind, '../methods')}\n"
+    if README.exists():
+        found[README] = readme(README.read_text(encoding="utf-8"))
+    return found
+
+
+def listing(kind: str, folder: str) -> str:
+    """One table: a line for each entry."""
+    entries = catalogue(kind)
+    if kind == "methods":
+        rows = [[f"[{e['name']}]({folder}/{e['name']}.md)", e["summary"], link(e["paper"]), ", ".join(e["tasks"]), e["status"]]
+                for e in entries]
+        return table(("method", "what it does", "paper", "tasks", "status"), rows)
+    rows = [[f"`{e['name']}`", e["summary"], ", ".join(f"`{name}={value}`" for name, value in e.get("settings", {}).items())]
+            for e in entries]
+    if not any(row[2] for row in rows):
+        return table(("name", "what it is"), [row[:2] for row in rows])
+    return table(("name", "what it is", "settings"), rows)
+
+
+def readme(text: str) -> str:
+    """The README with its table of methods made again, where it has the two markers."""
+    if BEGIN not in text or END not in text:
+        return text
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{listing('methods', 'docs/methods')}\n{END}{rest.split(END, 1)[1]}"
+
+
+def left_over(found: dict[Path, str]) -> list[Path]:
+    """Generated pages of things that are gone."""
+    return [path for folder in (METHODS, REFERENCE) for path in sorted(folder.glob("*.md")) if path not in found]
+
+
+def main(check: bool) -> int:
+    """Write, or compare."""
+    found = pages()
+    stale = [path for path, text in found.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    gone = left_over(found)
+    if check:
+        for path in (*stale, *gone):
+            print(f"{path.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)
+        return 1 if stale or gone else 0
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found[path], encoding="utf-8")
+    for path in gone:
+        path.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

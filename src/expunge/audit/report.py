@@ -1,0 +1,265 @@
+"""``audit`` one model and ``compare`` several: rows of readings, controls in every table, and what they do not show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from expunge.audit import intervals, judge
+from expunge.audit.distance import floor
+from expunge.audit.subject import Reading, Subject, plain
+from expunge.core import Data, Key, Refused, Request, Task
+from expunge.journal import write_bytes
+from expunge.registry import measures
+from expunge.version import __version__, revision
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = "expunge-report-1"
+ORIGINAL, RETRAIN = "original", "retrain"
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a table.
+
+    Attributes:
+        name: of the method, or of the control. kind: "control" or "method".
+        readings: measure -> Reading, for those that apply.
+        verdict: one phrase; "" where nothing could be judged.
+        record: what the run wrote of itself, without its history. history: one mapping per step.
+        notes: sentences that a person should read.
+    """
+
+    name: str
+    kind: str
+    readings: Mapping[str, Reading]
+    verdict: str = ""
+    record: Record = field(default_factory=dict)
+    history: tuple[Mapping[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able."""
+        history = [{name: plain(float(value)) for name, value in step.items()} for step in self.history]
+        return {"name": self.name, "kind": self.kind, "verdict": self.verdict, "notes": list(self.notes),
+                "readings": {name: reading.to_json() for name, reading in self.readings.items()},
+                "record": dict(self.record), "history": history}
+
+    @staticmethod
+    def from_json(tree: Mapping[str, Any]) -> Row:
+        """The inverse of ``to_json``."""
+        readings = {name: Reading.from_json(reading) for name, reading in tree["readings"].items()}
+        return Row(tree["name"], tree["kind"], readings, tree["verdict"], tree["record"], tuple(tree["history"]),
+                   tuple(tree["notes"]))
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table in which every number has an interval and every method stands beside doing nothing and retraining.
+
+    Attributes:
+        title: for people. rows: controls and methods.
+        summary: one paragraph in plain language. notes: what a reader must know before using the numbers.
+        facts: sizes, classes, task, number of retrained models, revision (JSON-able).
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    summary: str = ""
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def row(self, name: str) -> Row:
+        """The row called `name`."""
+        found = next((row for row in self.rows if row.name == name), None)
+        if found is None:
+            raise Refused(f"the report has no row {name!r}; it has {', '.join(row.name for row in self.rows)}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able; ``Report.from_json`` reads it back."""
+        return {"format": FORMAT, "expunge": __version__, "title": self.title, "summary": self.summary,
+                "notes": list(self.notes), "facts": dict(self.facts), "rows": [row.to_json() for row in self.rows]}
+
+    @staticmethod
+    def from_json(tree: Mapping[str, Any]) -> Report:
+        """The inverse of ``to_json``.
+
+        Raises:
+            Refused: for a mapping that is not a report of this format.
+        """
+        if tree.get("format") != FORMAT:
+            raise Refused(f"this is no report of expunge: expected format {FORMAT!r}, found {tree.get('format')!r}")
+        rows = tuple(Row.from_json(row) for row in tree["rows"])
+        return Report(tree["title"], rows, tree["summary"], tuple(tree["notes"]), tree["facts"])
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``report.json`` and ``report.html``, each whole or not at all; returns the folder."""
+        from expunge.audit.page import Section, write_page
+
+        folder = Path(folder)
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        write_bytes(folder / "report.json", text.encode())
+        write_page(folder / "report.html", self.title, [Section(self.title, self)])
+        return folder
+
+    def table(self) -> Table:
+        """For a terminal."""
+        from expunge.audit.table import table
+
+        return table(self)
+
+
+def audit(subject: Subject, *, extra_rows: Sequence[Row] = (), name: str = "unlearned", title: str = "Audit") -> Report:
+    """Judge one model: every measure that applies, with intervals, beside doing nothing and retraining.
+
+    It does not prove forgetting: it says whether these measures tell the model from retrained ones.
+
+    Args:
+        subject: the model and what it is judged against.
+        extra_rows: further rows for the same table, judged elsewhere.
+        name: of the model's row. title: of the report.
+    """
+    row = measured(subject, name, "method")
+    return _report(subject, [row, *extra_rows], title)
+
+
+def compare(original: nn.Module, methods: Mapping[str, tuple[nn.Module, Record | None]], request: Request, task: Task,
+            test: Data | None = None, retrained: Sequence[nn.Module] = (), retrain_records: Sequence[Record] = (), *,
+            title: str = "Audit", names: Sequence[str] = (), key: Key = Key(0), draws: int = 500) -> Report:
+    """Judge several models of one request in one table, on the same resampled examples.
+
+    Args:
+        original: the model before forgetting; it is the row "original" (do nothing).
+        methods: name -> (model that was made to forget, record of its run or None).
+        request, task, test: what was forgotten and kept, the modality, unseen examples.
+        retrained: models trained without the forget data by the same recipe, with other seeds; three or more for a
+            spread. Each is held out in turn and judged against the others: the row "retrain".
+        retrain_records: their records, in the same order, or at least ``{"seconds": ..., "backward": ...}``.
+        names: names of the classes. key, draws: of the bootstrap.
+    """
+    taken = [name for name in methods if name in (ORIGINAL, RETRAIN)]
+    if taken:
+        raise Refused(f"a method is called {taken[0]!r}, which is the name of a control: give it another name")
+    subject = Subject(original, original, request, task, test, tuple(retrained), tuple(names), None, tuple(retrain_records),
+                      key, draws)
+    rows = []
+    for name, (model, record) in methods.items():
+        try:
+            rows.append(measured(subject.judging(model, record=record), name, "method"))
+        except Refused as error:
+            rows.append(Row(name, "method", {}, "not judged", notes=(str(error),)))
+    return _report(subject, rows, title)
+
+
+def measured(subject: Subject, name: str, kind: str) -> Row:
+    """One row: every registered measure that applies to the subject, judged against its retrained models."""
+    readings = _readings(subject, subject.retrained)
+    record = subject.record or {}
+    history = tuple(record.get("history", ()))
+    kept = {key: value for key, value in record.items() if key not in ("history", "notes")}
+    return Row(name, kind, readings, judge.verdict(readings), kept, history, tuple(record.get("notes", ())))
+
+
+def _readings(subject: Subject, retrained: Sequence[nn.Module]) -> dict[str, Reading]:
+    found = {}
+    for name, function in measures().items():
+        reading = function(subject)
+        if reading is None:
+            continue
+        references = [_alone(subject, model, name) for model in retrained] if reading.better == "nearer_retrained" else []
+        found[name] = judge.judged(subject, reading, [r for r in references if r is not None])
+    return found
+
+
+def _alone(subject: Subject, model: nn.Module, name: str) -> Reading | None:
+    """A measure of one model, judged against nothing."""
+    return subject.cache.get(model, f"alone {name}", lambda: measures()[name](subject.judging(model, ())))
+
+
+def _report(subject: Subject, rows: Iterable[Row], title: str) -> Report:
+    do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control")
+    held = _held_out(subject)
+    table = (do_nothing, *rows, *([held] if held is not None else []))
+    notes = tuple(_notes(subject, do_nothing, held))
+    facts = _facts(subject)
+    return Report(title, table, _summary(subject, table, facts), notes, facts)
+
+
+def _held_out(subject: Subject) -> Row | None:
+    """The control "retrain": each retrained model in turn judged against the others, then averaged."""
+    count = len(subject.retrained)
+    if count == 0:
+        return None
+    each = [_readings(held, held.retrained) for held in map(subject.held_out, range(count))]
+    readings = {name: _pooled([readings[name] for readings in each if name in readings]) for name in each[0]}
+    level = floor(subject)
+    if level is not None and "average_gap" in readings:
+        readings["average_gap"] = replace(readings["average_gap"], value=level[0], low=level[1], high=level[2])
+    flagged = sum(any(r.verdict in judge.FAILURES for r in readings.values()) for readings in each)
+    verdict = "" if count < 2 else f"{flagged} of {count} flagged" if flagged else "within the retrained spread"
+    record = dict(subject.retrain_records[0]) if subject.retrain_records else {}
+    history = tuple(record.pop("history", ()))
+    return Row(RETRAIN, "control", readings, verdict, record, history)
+
+
+def _pooled(readings: Sequence[Reading]) -> Reading:
+    """The mean over retrained models, with Student's interval over them (their own for a single one)."""
+    if len(readings) == 1:
+        return readings[0]
+    values = [reading.value for reading in readings]
+    low, high = intervals.t_interval(values)
+    first = readings[0]
+    if first.unit == "%" or "auc" in first.name:
+        low, high = max(0.0, low), min(100.0 if first.unit == "%" else 1.0, high)
+    if first.better == "lower":
+        low = max(0.0, low)
+    shared = set.intersection(*(set(reading.detail) for reading in readings))
+    detail = {name: float(np.mean([reading.detail[name] for reading in readings])) for name in first.detail if name in shared}
+    return replace(first, value=float(np.mean(values)), low=low, high=high, n=len(readings), reference=None, verdict="",
+                   detail=detail)
+
+
+def _notes(subject: Subject, do_nothing: Row, held: Row | None) -> Iterable[str]:
+    count = len(subject.retrained)
+    if count == 0:
+        yield ("No retrained model was given: the target is unknown, so nothing here is judged. Retrain at least three times "
+               "without the forget examples to learn it.")
+    elif count < judge.ENOUGH:
+        yield (f"Only {count} retrained model{'s were' if count > 1 else ' was'} given: how much retraining varies by itself "
+               f"cannot be told from fewer than {judge.ENOUGH}, so verdicts are provisional.")
+    gap = do_nothing.readings.get("average_gap")
+    if gap is not None and gap.verdict == "within":
+        yield ("This request cannot show anything: doing nothing is as near to retraining as retrained models are to each "
+               "other, so a method that forgets and one that does nothing look alike here.")
+    if not subject.has("test"):
+        yield "No test data was given: test accuracy and membership are missing, and the average gap is over fewer metrics."
+    if subject.has("test") and subject.forgotten_classes() and not subject.has("test_forgotten"):
+        yield ("The test data has no example of the forgotten classes: membership compares with the other classes, which "
+               "makes even a retrained model easy to attack.")
+    if held is not None and "flagged" in held.verdict:
+        yield (f"Of the held-out retrained models {held.verdict.removesuffix(' flagged')} would have been called a failure by "
+               f"the rule that judges the methods: read single verdicts with care.")
+
+
+def _facts(subject: Subject) -> dict[str, Any]:
+    sizes = {name: len(subject.outputs(name)) for name in ("forget", "retain", "test", "test_forgotten") if subject.has(name)}
+    gone = subject.forgotten_classes()
+    names = [subject.names[label] if label < len(subject.names) else str(label) for label in gone]
+    return {"task": subject.task.name, "unit": subject.task.unit, "examples": sizes, "retrained": len(subject.retrained),
+            "forgotten_classes": names, "key": subject.key.seed, "draws": subject.draws, "revision": revision()}
+
+
+def _summary(subject: Subject, rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    from expunge.audit.words import summary
+
+    return summary(rows, facts)

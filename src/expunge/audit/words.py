@@ -1,0 +1,123 @@
+"""What a table says, in plain sentences and with honest digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from expunge.audit.subject import Reading
+
+if TYPE_CHECKING:
+    from expunge.audit.report import Row
+
+TITLES = {
+    "average_gap": "Gap to retraining", "average_gap_each": "Gap to each retrained model",
+    "forget_accuracy": "Forget accuracy", "retain_accuracy": "Retain accuracy", "test_accuracy": "Test accuracy",
+    "forgotten_class_accuracy": "Test accuracy, forgotten class", "forget_loss": "Forget loss", "retain_loss": "Retain loss",
+    "test_loss": "Test loss", "membership_auc": "Membership AUC", "membership_auc_two_sided": "Membership AUC, two-sided",
+    "attack_confidence": "Called unseen, by confidence", "attack_entropy": "Called unseen, by entropy",
+    "forget_output_distance": "Output distance, forget", "test_output_distance": "Output distance, test",
+    "seconds": "Time", "forward_rows": "Rows forward", "backward_rows": "Rows backward",
+}
+"""Column headings, in the order of columns; a measure that is not here comes after them under its own name."""
+
+PROMISES = (
+    "That a reading lies where retrained models lie shows that this measure does not tell them apart. It does not prove that "
+    "the examples left no trace: a stronger attack may find one.",
+    "Each interval covers 95 %, one reading at a time. In a table of many readings some leave their reference by chance.",
+    "The reference is only as good as the retrained models: same recipe, other seeds, none of the forget examples.",
+    "Membership is measured with one threshold for all examples. It says little about the single most exposed example.",
+)
+
+
+def ordered(rows: Sequence[Row]) -> list[str]:
+    """The measures that any row has, in the order of columns."""
+    present = {name for row in rows for name in row.readings}
+    return [name for name in TITLES if name in present] + sorted(present - TITLES.keys())
+
+
+def title(name: str) -> str:
+    """The heading of a measure."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def number(value: float, unit: str = "") -> str:
+    """A number with as many digits as an interval of this kind deserves; a dash where there is none."""
+    if not math.isfinite(value):
+        return "–"
+    if unit == "rows":
+        return f"{value:,.0f}"
+    if unit in ("%", "points", "s"):
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def spread(reading: Reading) -> str:
+    """The interval; "" for a number without one, and for one that says nothing."""
+    if reading.low == reading.high == reading.value or not (math.isfinite(reading.low) and math.isfinite(reading.high)):
+        return ""
+    return f"{number(reading.low, reading.unit)} to {number(reading.high, reading.unit)}"
+
+
+def with_unit(reading: Reading) -> str:
+    """Value and unit."""
+    gap = "" if reading.unit == "%" else " "
+    return f"{number(reading.value, reading.unit)}{gap if reading.unit else ''}{reading.unit}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def summary(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    """One paragraph: what was asked, what retraining would give, how the methods stand to it."""
+    sentences = [_asked(facts)]
+    original, retrain = (next((r for r in rows if r.name == name), None) for name in ("original", "retrain"))
+    if original is not None and retrain is not None:
+        sentences += _target(original, retrain)
+    methods = [row for row in rows if row.kind == "method"]
+    groups: dict[str, list[str]] = {}
+    for row in methods:
+        groups.setdefault(row.verdict, []).append(row.name)
+    sentences += [sentence for verdict, names in groups.items() if (sentence := _said(verdict, names))]
+    return " ".join(sentences)
+
+
+def _asked(facts: Mapping[str, Any]) -> str:
+    sizes = facts["examples"]
+    classes = [f"“{name}”" for name in facts["forgotten_classes"]]
+    of = f", all of class {listing(classes)}," if len(classes) == 1 else f", all of classes {listing(classes)}," if classes else ""
+    kept = f"; {sizes['retain']:,} were to be kept" if "retain" in sizes else ""
+    return f"{sizes['forget']:,} training examples{of} were to be forgotten{kept}."
+
+
+def _target(original: Row, retrain: Row) -> list[str]:
+    sentences = []
+    for name, text in (("forget_accuracy", "are right on {} of the forget examples; the original model is right on {}"),
+                       ("forget_loss", "have a loss of {} on the forget examples; the original model has {}")):
+        if name in original.readings and name in retrain.readings:
+            said = text.format(with_unit(retrain.readings[name]), with_unit(original.readings[name]))
+            sentences.append(f"Models retrained without them {said}.")
+    gap, level = original.readings.get("average_gap"), retrain.readings.get("average_gap")
+    if gap is not None and level is not None:
+        where = "no further than that" if gap.verdict == "within" else f"{number(gap.value, 'points')} away"
+        sentences.append(f"Retrained models differ from each other by {number(level.value, 'points')} points on average; doing "
+                         f"nothing is {where}.")
+    return sentences
+
+
+def _said(verdict: str, names: Sequence[str]) -> str:
+    who, many = listing(list(names)), len(names) > 1
+    phrases = {"under-forgot": "forgot too little", "over-forgot": "forgot too much, which gives the forgotten examples away as well",
+               "lost": "lost accuracy on what was to be kept"}
+    if verdict == "within the retrained spread":
+        return f"{who} {'end' if many else 'ends'} within the spread of retrained models."
+    if verdict.startswith("further"):
+        return (f"{who} {'are' if many else 'is'} further from retraining than retrained models are from each other, with no "
+                f"single failure to name.")
+    if verdict == "not judged":
+        return f"{who} could not be judged."
+    parts = [phrases[word] for word in verdict.split(", ") if word in phrases]
+    return f"{who} {listing(parts)}." if parts else ""

@@ -1,0 +1,230 @@
+"""The command line: demo, run, audit, bench, list, explain.
+
+Exit status: 0 done, 1 a run that failed, 2 bad input or use, 3 a gate that an audit did not pass. Errors are one sentence
+on stderr. What is heavy is imported inside the commands, so that ``expunge --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from expunge.audit import Report
+
+DONE, FAILED, REFUSED, GATED, INTERRUPTED = 0, 1, 2, 3, 130
+PASSED = "within the retrained spread"
+
+app = typer.Typer(name="expunge", help="Make a trained model forget, with evidence.", no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False, rich_markup_mode=None)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Gate = Annotated[bool, typer.Option("--gate", help="Exit with status 3 unless the audit finds the model within the retrained spread.")]
+
+
+class Listed(enum.StrEnum):
+    """What ``expunge list`` can list."""
+
+    methods = "methods"
+    objectives = "objectives"
+    combiners = "combiners"
+    measures = "measures"
+    tasks = "tasks"
+    suites = "suites"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Bad input never ends in a traceback."""
+    try:
+        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return status if isinstance(status, int) else DONE
+    except KeyboardInterrupt:
+        return _say("stopped; the same command goes on from its last checkpoint, where it has an out folder", INTERRUPTED)
+    except Exception as error:
+        status = _status(error)
+        if status is None:
+            raise
+        return _say(_sentence(error), status)
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status that an error means; None for a fault of expunge itself."""
+    if hasattr(error, "format_message"):  # every error of use that typer raises
+        return REFUSED
+    if type(error).__name__ == "Abort":
+        return INTERRUPTED
+    from expunge.core import MissingExtra, Refused, RunFailed
+
+    if isinstance(error, (Refused, MissingExtra)):
+        return REFUSED
+    return FAILED if isinstance(error, RunFailed) else None
+
+
+def _sentence(error: Exception) -> str:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(message.split())
+
+
+def _say(sentence: str, status: int) -> int:
+    print(f"expunge: {sentence}", file=sys.stderr)
+    return status
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo"),
+         seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0, as_json: AsJson = False) -> None:
+    """Forget something real on this machine and write a report."""
+    from expunge import demo as story
+
+    summary = story.run(out=out, seed=seed)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print(*_lines(summary))
+
+
+@app.command()
+def run(file: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+        overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")] = None,
+        as_json: AsJson = False, gate: Gate = False) -> int:
+    """Do what a run file says: forget, and audit where it asks for references."""
+    from expunge.core import Refused
+    from expunge.perform import perform
+    from expunge.spec import RunSpec
+
+    spec = RunSpec.read(file, overrides or ())
+    if gate and not spec.audit.wanted:
+        raise Refused("--gate needs something to judge by: give audit.retrained=3, or [audit] weights of retrained models")
+    done = perform(spec)
+    if as_json:
+        _print_json(done.summary())
+    else:
+        record = done.outcome.record
+        cost = record["cost"]
+        lines = [f"{record['method']} forgot {record['examples'].get('forget', 0)} examples in {cost['seconds']:.1f} s "
+                 f"({cost['forward']} rows forward, {cost['backward']} backward)", *record["notes"]]
+        _print(*lines, *_report_parts(done.report), *([f"written to {done.folder}"] if done.folder else []))
+    return _gated(done.report) if gate else DONE
+
+
+@app.command()
+def audit(file: Annotated[Path, typer.Argument(help="The run file that names model, data, task and request.")],
+          overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")] = None,
+          after: Annotated[str | None, typer.Option(help="Weights to judge; those in the run's folder by default.")] = None,
+          before: Annotated[str | None, typer.Option(help="Weights before forgetting; the run file's model by default.")] = None,
+          retrained: Annotated[list[str] | None, typer.Option(help="Weights of a model retrained without the forget set; repeat it.")] = None,
+          out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("out/audit"),
+          as_json: AsJson = False, gate: Gate = False) -> int:
+    """Judge weights that are already there against retrained models."""
+    from expunge.core import Refused
+    from expunge.perform import audit_files
+    from expunge.spec import RunSpec
+
+    spec = RunSpec.read(file, overrides or ())
+    if gate and not (retrained or spec.audit.wanted):
+        raise Refused("--gate needs something to judge by: give --retrained FILE, or audit.retrained=3")
+    report = audit_files(spec, after, before, retrained or [], out)
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print(*_report_parts(report), f"written to {out}")
+    return _gated(report) if gate else DONE
+
+
+@app.command()
+def bench(suite: Annotated[str, typer.Argument(help="A name in bench/suites, or the path of a suite file.")],
+          out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench/results"), as_json: AsJson = False) -> None:
+    """Run a benchmark suite: methods x requests x seeds."""
+    from expunge.bench import bench as run_suite
+    from expunge.bench import suite_file
+
+    path = suite_file(suite)
+    found = run_suite(path, out)
+    if as_json:
+        _print_json(found)
+        return
+    rows = [[row["request"], str(row["seed"]), row["row"], _reading(row, "average_gap"), _reading(row, "membership_auc"),
+             row["verdict"]] for row in found["rows"]]
+    _print(_table(("request", "seed", "method", "average gap", "membership AUC", "verdict"), rows),
+           f"written to {out / path.stem}.json")
+
+
+@app.command("list")
+def list_(kind: Annotated[Listed, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
+    """List what there is."""
+    from expunge.catalogue import catalogue
+
+    entries = catalogue(kind.value)
+    if as_json:
+        _print_json(entries)
+        return
+    columns = [name for name in ("name", "summary", "paper", "status", "unit") if any(entry.get(name) for entry in entries)]
+    _print(_table(columns, [[str(entry.get(name) or "") for name in columns] for entry in entries]))
+
+
+@app.command()
+def explain(method: Annotated[str, typer.Argument(help="A registered method.")], as_json: AsJson = False) -> None:
+    """Say what a method does, its settings, its paper, its departures and its cost."""
+    from expunge.catalogue import described, page
+
+    if as_json:
+        _print_json(described(method))
+        return
+    from rich.markdown import Markdown
+
+    _print(Markdown(page(method)))
+
+
+def _gated(report: Report | None) -> int:
+    """Status 3 unless the judged model lies within the retrained spread."""
+    verdict = next((row.verdict for row in report.rows if row.kind == "method"), "") if report is not None else ""
+    if verdict == PASSED:
+        return DONE
+    return _say(f"the gate is closed: the audit finds {verdict or 'nothing to judge by'}", GATED)
+
+
+def _report_parts(report: Report | None) -> list[Any]:
+    return [] if report is None else [report.table(), report.summary, *report.notes]
+
+
+def _reading(row: Mapping[str, Any], name: str) -> str:
+    reading = row["readings"].get(name)
+    return "" if reading is None or reading["value"] is None else f"{reading['value']:.3g}"
+
+
+def _lines(summary: Mapping[str, Any]) -> list[str]:
+    """A summary of numbers and sentences, one line each."""
+    return [f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if not isinstance(value, (dict, list))]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, no_wrap=name in ("name", "method", "request"))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _print(*parts: Any) -> None:
+    """Tables and sentences; what is in them is text and never markup."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for part in parts:
+        console.print(part)
+
+
+def _print_json(tree: Any) -> None:
+    print(json.dumps(tree, indent=1, default=str))

@@ -1,0 +1,49 @@
+"""Explicit one-sided gradient surgery: forget as far as the retain loss does not rise, to first order."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from expunge.combine import Clip, OneSidedProjection
+from expunge.core import Objective, Stage
+from expunge.descend import Descend, Guard
+from expunge.objectives import NLL, RandomLabel
+from expunge.optim import SGD
+from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, method
+
+_ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
+
+
+@method(paper="arXiv:2510.22124", needs={"forget", "retain"}, dose="steps", cost={"forward": _ROWS, "backward": _ROWS},
+        departures={
+            "batches": "forget and retain batches of their own; the authors cut one mixed batch, which weighs the two "
+                       "losses by their shares",
+            "denominator": "a bound on the multiplier in place of 1e-8 added to |g_r|^2",
+            "labels": "random labels never include the true one; the authors draw over all classes",
+            "guard": "stops where the retain loss leaves its bound: the constraint holds to first order only",
+        })
+def surgery(*, forget: Objective = RandomLabel(), tolerance: Annotated[float, Range()] = 0.0,
+            max_multiplier: Positive = 100.0, max_norm: Positive = 1.0, lr: Positive = 0.05, momentum: NonNegative = 0.0,
+            weight_decay: NonNegative = 0.0, steps: Count = 40, batch: AtLeastOne = 64) -> Stage:
+    """Descend along the direction nearest to the forget gradient that does not raise the retain loss.
+
+    ``d = g_f + max(0, (-g_r . g_f - tolerance) / |g_r|^2) g_r``, then clipped to `max_norm`, then a step (EUPMU eq. 2,
+    Proposition 3.2). Without conflict d = g_f: the retain gradient is NOT added, so nothing repairs retain performance
+    that second-order effects cost; that is what the guard and a negative tolerance are for.
+
+    It promises no rise of the retain loss only for this batch, this step, to first order, without momentum.
+
+    Args:
+        forget: objective on the forget data, minimised.
+        tolerance: rate at which the retain loss may rise, per unit step; negative demands a fall.
+        max_multiplier: bound on the multiplier of g_r, > 0: near a trained optimum g_r is noise.
+        max_norm: of the combined update, > 0.
+        lr: learning rate of SGD, > 0.
+        momentum: of SGD, >= 0; above 0 the promise is a tendency.
+        weight_decay: of SGD, >= 0; outside the promise.
+        steps: optimizer steps, >= 0; 0 changes nothing.
+        batch: examples of each kind per step, >= 1.
+    """
+    combine = Clip(OneSidedProjection(tolerance, max_multiplier=max_multiplier), max_norm)
+    return Descend(forget=forget, retain=NLL(), combine=combine, optimizer=SGD(lr, momentum, weight_decay), steps=steps,
+                   batch=batch, guard=Guard())

@@ -1,0 +1,277 @@
+"""A run file: TOML in sections, checked completely before any work. Configuration is numbers and names; composition is Python.
+
+    [data]                                # exactly one of: suite, python, train
+    suite = "digits"                      # a built-in suite: data, task and network; the network is trained first
+    # python = "mine.py:everything"       # a function that returns model, train, task, and test, valid, make where it has them
+    # train = "train.csv"                 # a folder of images, a CSV or Parquet table, .npz or .safetensors
+    # test = "test.csv"
+    # label = "income"
+
+    [model]
+    # weights = "before.safetensors"
+    # python = "net.py:build"             # a function that builds the architecture of those weights
+
+    [request]
+    forget = "y == 3"                     # a condition on a column, or a list of ids
+
+    [method]
+    name = "finetune"
+    lr = 0.01                             # settings of the method; a part is a table: forget = {name = "NPO", beta = 0.1}
+
+    [run]
+    out = "out/run"
+    seed = 0
+
+    [audit]
+    retrained = 3                         # retrain this often without the forget set, and compare
+
+Files that a run file names are looked for beside it; those on the command line, and ``run.out``, in the current folder.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from expunge.core import Refused, Stage
+from expunge.registry import did_you_mean, find, methods, parts
+from expunge.run import WEIGHTS
+
+WholeNumber = Annotated[int, Field(ge=0)]
+PATHS = (("data", "train"), ("data", "test"), ("data", "valid"), ("data", "python"), ("model", "weights"), ("model", "python"),
+         ("audit", "weights"))
+
+
+class Section(BaseModel):
+    """A section whose keys are all known."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class DataSection(Section):
+    """Where examples come from."""
+
+    suite: str | None = None
+    python: str | None = None
+    train: str | None = None
+    test: str | None = None
+    valid: str | None = None
+    label: str | None = None
+    task: Literal["classification", "regression"] = "classification"
+    classes: Annotated[int, Field(ge=2)] | None = None
+    categories: Literal["onehot", "integer"] = "onehot"
+    ids: str | None = None
+    drop: list[str] = Field(default_factory=list)
+
+
+class ModelSection(Section):
+    """The trained model, where `data` does not bring it."""
+
+    weights: str | None = None
+    python: str | None = None
+
+
+class RequestSection(Section):
+    """What to forget: a condition or ids; and what to keep, if not all the rest."""
+
+    forget: str | list[int]
+    retain: list[int] | None = None
+
+
+class MethodSection(BaseModel):
+    """A registered method and its settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    def stage(self) -> Stage:
+        """The method with its settings, each of them checked."""
+        method = find("method", self.name, methods())
+        return method.build(**{name: _part(name, value) for name, value in (self.model_extra or {}).items()})
+
+
+class RunSection(Section):
+    """Where results go, and what makes the run repeatable."""
+
+    out: str | None = None
+    seed: WholeNumber = 0
+    scope: list[str] | None = None
+    every: Annotated[float, Field(ge=0)] = 20.0
+
+
+class AuditSection(Section):
+    """References to compare with: models retrained without the forget set."""
+
+    retrained: WholeNumber = 0
+    weights: list[str] = Field(default_factory=list)
+    epochs: Annotated[float, Field(gt=0)] = 20
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    batch: Annotated[int, Field(ge=1)] = 64
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to compare with."""
+        return bool(self.retrained or self.weights)
+
+
+class RunSpec(Section):
+    """A whole run file."""
+
+    data: DataSection
+    model: ModelSection = ModelSection()
+    request: RequestSection
+    method: MethodSection
+    run: RunSection = RunSection()
+    audit: AuditSection = AuditSection()
+
+    @staticmethod
+    def read(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+        """The run file with ``section.key=value`` overrides (TOML values; a bare word is a string).
+
+        Raises:
+            Refused: with one sentence that names the file, the section and the key.
+        """
+        path = Path(path)
+        document = read_toml(path)
+        _resolve(document, path.parent)
+        for override in overrides:
+            _override(document, override)
+        spec = checked(RunSpec, document, str(path))
+        spec._consistent(str(path))
+        return spec
+
+    @property
+    def out(self) -> Path | None:
+        """The output folder."""
+        return None if self.run.out is None else Path(self.run.out)
+
+    def _consistent(self, source: str) -> None:
+        """Refuse keys that exclude or need each other."""
+        data, model = self.data, self.model
+        given = [name for name in ("suite", "python", "train") if getattr(data, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise Refused(f"{source}: [data] needs exactly one of suite, python and train, found {found}")
+        files_only = {name for name in ("test", "valid", "label", "classes", "ids", "drop", "categories", "task")
+                      if name in data.model_fields_set}
+        if given[0] != "train" and files_only:
+            raise Refused(f"{source}: [data] {sorted(files_only)[0]} belongs to data from files, and this run takes its data from "
+                          f"{given[0]}; remove it")
+        if given[0] == "train" and (model.weights is None or model.python is None):
+            raise Refused(f"{source}: data from files needs a trained model: give [model] weights = \"FILE.safetensors\" and "
+                          f"python = \"FILE.py:FUNCTION\" that builds its architecture")
+        if given[0] != "train" and model.python is not None:
+            raise Refused(f"{source}: [model] python belongs to data from files; [data] {given[0]} brings the architecture")
+        if self.audit.wanted and self.run.out is None:
+            raise Refused(f"{source}: [audit] writes a report, so the run needs a folder: give [run] out = \"out/NAME\"")
+        if self.out is not None and model.weights is not None and Path(model.weights).resolve() == (self.out / WEIGHTS).resolve():
+            raise Refused(f"{source}: [run] out would overwrite the weights that the run starts from; give another folder")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a nest of dicts.
+
+    Raises:
+        Refused: for a file that is not there, not text, or not TOML (with its line).
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise Refused(f"cannot read the file {path}: {reason}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(f"{path} is not TOML: {error}") from error
+
+
+def checked(kind: type[Any], document: Mapping[str, Any], source: str) -> Any:
+    """The document as a section of that kind, or a refusal that says which key is wrong and which one is right."""
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise Refused(f"{source}: {_sentence(kind, first)}") from error
+
+
+def _sentence(kind: type[Any], error: Mapping[str, Any]) -> str:
+    """One pydantic error in our words."""
+    location = [part for part in error["loc"] if isinstance(part, str)]
+    section, key = ".".join(location[:-1]), location[-1] if location else "the file"
+    where = f"[{section}]" if section else "the file"
+    if error["type"] == "extra_forbidden":
+        known = _keys(kind, location[:-1])
+        return f"{where} has no key {key!r}{did_you_mean(key, known)}; it has {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{where} needs {'the key' if section else 'a section'} {key!r}"
+    found = repr(error["input"])
+    found = found if len(found) <= 60 else f"{found[:57]}..."
+    message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    place = [part for part in location if part in _keys(kind, location[:location.index(part)])]
+    return f"{'.'.join(place or location)} should be {message}, found {found}"
+
+
+def _keys(kind: type[Any], path: Sequence[str]) -> list[str]:
+    """The keys of the section at `path` below `kind`."""
+    for part in path:
+        field = getattr(kind, "model_fields", {}).get(part)
+        kind = field.annotation if field is not None else type(None)
+    return list(getattr(kind, "model_fields", {}))
+
+
+def _resolve(document: dict[str, Any], folder: Path) -> None:
+    """Paths of a run file are relative to the run file."""
+    for section, key in PATHS:
+        part = document.get(section)
+        if not isinstance(part, dict) or key not in part:
+            continue
+        value = part[key]
+        if isinstance(value, str):
+            part[key] = str(folder / value)
+        elif isinstance(value, list):
+            part[key] = [str(folder / item) if isinstance(item, str) else item for item in value]
+
+
+def _override(document: dict[str, Any], text: str) -> None:
+    """Put ``section.key=value`` into the document."""
+    key, equals, value = text.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise Refused(f"cannot read {text!r}: expected section.key=value, such as method.lr=0.01")
+    if len(names) < 2 or names[0] not in RunSpec.model_fields:
+        near = [f"{section}.{name}" for section in RunSpec.model_fields for name in _keys(RunSpec, [section]) if name == names[-1]]
+        hint = f"; did you mean '{near[0]}'?" if near else (did_you_mean(names[0], RunSpec.model_fields) if len(names) > 1 else
+                                                            f"; did you mean 'method.{names[0]}'?")
+        raise Refused(f"{text!r} names no key of a run file{hint}")
+    place = document
+    for name in names[:-1]:
+        place = place.setdefault(name, {})
+        if not isinstance(place, dict):
+            raise Refused(f"{text!r} goes below {name!r}, which is a value and not a section")
+    place[names[-1]] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word or path: the shell has already taken the quotes away
+
+
+def _part(name: str, value: Any) -> Any:
+    """A setting; a table with a name is a part (objective, combiner, optimizer) with its own settings."""
+    if not isinstance(value, dict):
+        return tuple(value) if isinstance(value, list) else value
+    known = {**parts("objectives"), **parts("combine")}
+    kind = find("part", str(value.get("name", "")), known)
+    settings = {key: _part(key, inner) for key, inner in value.items() if key != "name"}
+    fields = [field for field, info in kind.__dataclass_fields__.items() if info.init]
+    for key in settings:
+        if key not in fields:
+            raise Refused(f"method.{name}: {kind.__name__} has no setting {key!r}{did_you_mean(key, fields)}")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise Refused(f"method.{name}: {kind.__name__} cannot be made of {settings}: {error}") from error

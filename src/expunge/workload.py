@@ -1,0 +1,210 @@
+"""From a run file to what it names: data, request, task, trained model; then the run, its references and its report."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core import Data, Key, Refused, Request, Stage, Task
+from expunge.data import builtin
+from expunge.data.files import class_count, read
+from expunge.data.sources import as_data, collect, fingerprint
+from expunge.data.split import split
+from expunge.data.tables import Loaded
+from expunge.registry import did_you_mean
+from expunge.run import Outcome, check_folder, check_request, load_weights, save_weights, unlearn
+from expunge.spec import DataSection, RunSpec
+
+_NAMED = re.compile(r"^\s*(\w+)\s*(==|!=)\s*[\"']?(.*?)[\"']?\s*$")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What there is to work on.
+
+    Attributes:
+        train: the training data. task: the modality.
+        trained: gives the trained model, for a seed; this is the first thing that may take long.
+        test, valid: further data, where there is any.
+        make: builds a fresh network, where references may be retrained. recipe: how; None for the run file's own.
+        names: of the classes.
+        columns: [n] numbers per training example, for conditions.
+    """
+
+    train: Data
+    task: Task
+    trained: Callable[[int], nn.Module] = field(repr=False)
+    test: Data | None = None
+    valid: Data | None = None
+    make: Callable[[], nn.Module] | None = field(default=None, repr=False)
+    recipe: builtin.Recipe | None = None
+    names: tuple[str, ...] = ()
+    columns: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def load(spec: RunSpec) -> Workload:
+    """The data and task of a run file, and how to get its model.
+
+    Raises:
+        Refused: for files or a function that do not give what they should.
+    """
+    if spec.data.suite is not None:
+        found = _from_suite(builtin.suite(spec.data.suite))
+    elif spec.data.python is not None:
+        found = from_function(spec.data.python)
+    else:
+        return _from_files(spec)
+    if spec.model.weights is None:
+        return found
+    weights, base = spec.model.weights, found
+    build = (lambda seed: builtin.fresh(base.make, seed)) if base.make is not None else base.trained
+    return Workload(**{**vars(found), "trained": lambda seed: load_weights(build(seed), weights).eval()})
+
+
+def _from_suite(suite: builtin.Suite) -> Workload:
+    return Workload(suite.train, suite.task, lambda seed: suite.fit(seed=seed), suite.test, None, suite.make, suite.recipe)
+
+
+def _from_files(spec: RunSpec) -> Workload:
+    section, model = spec.data, spec.model
+    train = _read(section, section.train)
+    others = {name: _read(section, path, like=train) for name in ("test", "valid") if (path := getattr(section, name)) is not None}
+    if model.weights is None or model.python is None:
+        raise Refused("data from files needs [model] weights and python")
+    build, weights = function(model.python), model.weights
+    data = {name: loaded.data for name, loaded in others.items()}
+    return Workload(train.data, _task(section, train, *others.values()),
+                    lambda seed: load_weights(_network(build, seed), weights).eval(), data.get("test"), data.get("valid"),
+                    build, None, train.classes, train.columns)
+
+
+def _read(section: DataSection, path: str | None, like: Loaded | None = None) -> Loaded:
+    target = "number" if section.task == "regression" else "class"
+    return read(path or "", label=section.label, target=target, categories=section.categories, ids=section.ids,  # type: ignore[arg-type]
+                drop=section.drop, like=like)
+
+
+def _task(section: DataSection, *parts: Loaded) -> Task:
+    from expunge.tasks.classification import Classification
+    from expunge.tasks.regression import Regression
+
+    if section.task == "regression":
+        return Regression()
+    known = len(parts[0].classes) or class_count(*(part.data for part in parts))
+    return Classification(section.classes or known)
+
+
+def _network(build: Callable[..., Any], seed: int) -> nn.Module:
+    model = builtin.fresh(build, seed)
+    if not isinstance(model, nn.Module):
+        raise Refused(f"the function of [model] python returned a {type(model).__name__}: expected a torch.nn.Module")
+    return model
+
+
+def function(reference: str) -> Callable[..., Any]:
+    """``path.py:name`` -> that function, wrapped so that an error in it is one sentence.
+
+    Raises:
+        Refused: for a file or a function that is not there, or a file that cannot be imported.
+    """
+    path, _, name = reference.rpartition(":")
+    if not path or not name.isidentifier():
+        raise Refused(f"cannot read {reference!r}: expected FILE.py:FUNCTION")
+    file = Path(path)
+    if not file.is_file():
+        raise Refused(f"there is no Python file {file}")
+    found = getattr(_calling(file, lambda: _module(file)), name, None)
+    if not callable(found):
+        raise Refused(f"{file} has no function {name!r}: define it, or name another one")
+    return lambda *args: _calling(file, lambda: found(*args))
+
+
+def _module(file: Path) -> Any:
+    name = f"expunge_user_{hashlib.blake2b(str(file.resolve()).encode(), digest_size=6).hexdigest()}"
+    description = importlib.util.spec_from_file_location(name, file)
+    if description is None or description.loader is None:
+        raise Refused(f"{file} is not a Python file: expected FILE.py:FUNCTION")
+    module = importlib.util.module_from_spec(description)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        description.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent.resolve()))
+    return module
+
+
+def _calling(file: Path, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Refused:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+        line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
+        said = (str(error).splitlines() or [""])[0]
+        raise Refused(f"{file} failed{f' at line {line}' if line else ''} with {type(error).__name__}: {said}") from error
+
+
+def from_function(reference: str) -> Workload:
+    """What ``path.py:name()`` returns: a mapping or an object with model, train, task, and test, valid, make, names.
+
+    ``make`` builds a fresh, untrained network of the model's architecture: with it, references can be retrained.
+    """
+    found = function(reference)()
+    known = ("model", "train", "task", "test", "valid", "make", "names")
+    parts = dict(found) if isinstance(found, Mapping) else {name: getattr(found, name) for name in known if hasattr(found, name)}
+    for name in parts:
+        if name not in known:
+            raise Refused(f"{reference} returned {name!r}{did_you_mean(str(name), known)}; expected {', '.join(known)}")
+    for name, kind in (("model", nn.Module), ("train", object), ("task", Task)):
+        if not isinstance(parts.get(name), kind) or parts.get(name) is None:
+            raise Refused(f"{reference} returned {'no ' + name if parts.get(name) is None else 'a ' + type(parts[name]).__name__ + ' as ' + name}: "
+                          f"expected model (a torch.nn.Module), train (data) and task (such as expunge.Classification(10))")
+    model, make = parts["model"], parts.get("make")
+    if make is not None and not callable(make):
+        raise Refused(f"{reference} returned a {type(make).__name__} as make: expected a function that builds a fresh network")
+    data = {name: None if parts.get(name) is None else as_data(parts[name]) for name in ("test", "valid")}
+    return Workload(as_data(parts["train"]), parts["task"], lambda seed: model, data["test"], data["valid"], make,
+                    names=tuple(parts.get("names") or ()))
+
+
+def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence[int] | None = None) -> Request:
+    """What to forget and keep. A condition may use a table's numeric columns, and the name of a class.
+
+    Raises:
+        Refused: as ``expunge.split``, and for data that the task cannot use.
+    """
+    ids: Any = forget
+    if isinstance(forget, str):
+        annotated = workload.train
+        for name, values in workload.columns.items():
+            if name not in ("x", "y", "id", "weight"):
+                annotated = annotated.annotate(name, values)
+        chosen = split(annotated, _class_number(forget, workload.names)).forget
+        ids = chosen.ids if chosen is not None else forget
+    request = split(workload.train, ids, retain=None if retain is None else list(retain), valid=workload.valid)
+    check_request(request, workload.task)
+    if workload.test is not None:
+        workload.task.check(workload.test, "test")
+    return request
+
+
+def _class_number(condition: str, names: Sequence[str]) -> str:
+    """``label == cat`` as ``label == 3`` where class 3 is called so."""
+    match = _NAMED.match(condition)
+    if match is None or not names or match[3] in ("", *(str(number) for number in range(len(names)))):
+        return condition
+    if match[3] not in names and match[1] in ("label", "y"):
+        raise Refused(f"no class is called {match[3]!r}{did_you_mean(match[3], names)}; there are {', '.join(names[:20])}")
+    return f"label {match[2]} {names.index(match[3])}" if match[3] in names else condition
