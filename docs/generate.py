@@ -1,7 +1,7 @@
 """Write the pages that are made from the code: docs/methods, docs/reference, and the README's table of methods.
 
-    python docs/generate.py            # write them
-    python docs/generate.py --check    # exit status 1 if one of them is stale, missing or left over
+python docs/generate.py            # write them
+python docs/generate.py --check    # exit status 1 if one of them is stale, missing or left over
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from expunge.catalogue import catalogue, link, page, table
+from expunge.catalogue import KINDS, catalogue, link, page, table
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS, REFERENCE, README = ROOT / "docs/methods", ROOT / "docs/reference", ROOT / "README.md"
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
 NOTE = "<!-- Made by docs/generate.py from the code: change the docstrings, then run `make docs`. -->\n\n"
-KINDS = ("methods", "objectives", "combiners", "measures", "tasks", "suites")
 
 
 def pages() -> dict[Path, str]:
@@ -32,11 +31,25 @@ def listing(kind: str, folder: str) -> str:
     """One table: a line for each entry."""
     entries = catalogue(kind)
     if kind == "methods":
-        rows = [[f"[{e['name']}]({folder}/{e['name']}.md)", e["summary"], link(e["paper"]), ", ".join(e["tasks"]), e["status"]]
-                for e in entries]
+        rows = [
+            [
+                f"[{e['name']}]({folder}/{e['name']}.md)",
+                e["summary"],
+                link(e["paper"]),
+                ", ".join(e["tasks"]),
+                e["status"],
+            ]
+            for e in entries
+        ]
         return table(("method", "what it does", "paper", "tasks", "status"), rows)
-    rows = [[f"`{e['name']}`", e["summary"], ", ".join(f"`{name}={value}`" for name, value in e.get("settings", {}).items())]
-            for e in entries]
+    rows = [
+        [
+            f"`{e['name']}`",
+            e["summary"],
+            ", ".join(f"`{name}={value}`" for name, value in e.get("settings", {}).items()),
+        ]
+        for e in entries
+    ]
     if not any(row[2] for row in rows):
         return table(("name", "what it is"), [row[:2] for row in rows])
     return table(("name", "what it is", "settings"), rows)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 from expunge.core import Batch, Data, Key, Request, Task
@@ -96,8 +97,7 @@ def retrained(name: str, by: str = "group", seed: int = 0) -> nn.Module:
 
 
 def odd() -> Tiny:
-    """The tiny model that has two inputs, a dict output, BatchNorm, a frozen bias, a tied and a shared layer and an integer
-    buffer."""
+    """The tiny model that has everything unusual: see ``Odd``."""
     return tiny("odd")
 
 
@@ -129,9 +129,7 @@ def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
 
 
 def digits(classes: int) -> tuple[Tensor, Tensor]:
-    """Images [n, 1, 8, 8] in -1 .. 1 and labels of the first `classes` digits, in an order that is the same everywhere."""
-    from sklearn.datasets import load_digits
-
+    """Images [n, 1, 8, 8] in -1 .. 1 and labels of the first `classes` digits, in a fixed order."""
     found = load_digits()
     images = torch.from_numpy(found.images.astype(np.float32)).unsqueeze(1) / 8 - 1
     labels = torch.from_numpy(found.target.astype(np.int64))
@@ -150,25 +148,43 @@ def _by_class(images: Tensor, labels: Tensor, classes: int) -> tuple[Data, Data,
 
 def _classification() -> tuple[Any, ...]:
     train, valid, test = _by_class(*digits(5), 5)
-    make = seeded(lambda: nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(),
-                                        nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5)))
+    make = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32, 32),
+            nn.ReLU(),
+            nn.Linear(32, 5),
+        )
+    )
     group = torch.cat([batch["y"] for batch in train.batches(100)]) == 3
-    return Classification(5), train, valid, test, group, make, Recipe(1e-2, 150, 50)
+    return Classification(5), train, valid, test, group, make, Recipe(5e-3, 60, 50, 0.1)
 
 
 def _regression() -> tuple[Any, ...]:
-    """Two targets of the diabetes data: the published one and blood pressure; the group is the 20 of highest body mass."""
-    from sklearn.datasets import load_diabetes
-
+    """Two targets of the diabetes data, its own and blood pressure; the group is the 20 of highest body mass."""
     table, target = load_diabetes(return_X_y=True)
     values = torch.from_numpy(np.column_stack([table, target])).double()
     values = ((values - values.mean(0)) / values.std(0)).float()
     inputs, targets = values[:, [0, 1, 2, 4, 5, 6, 7, 8, 9]], values[:, [10, 3]]
     order = torch.randperm(len(values), generator=Key(5).at("diabetes").generator())
-    train, valid, test = (as_data((inputs[o], targets[o]), ids=o) for o in (order[:100], order[100:150], order[150:350]))
+    train, valid, test = (
+        as_data((inputs[o], targets[o]), ids=o) for o in (order[:100], order[100:150], order[150:350])
+    )
     mass = inputs[order[:100], 2]
     make = seeded(lambda: nn.Sequential(nn.Linear(9, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)))
-    return Regression(variance=1.0), train, valid, test, mass >= mass.sort().values[-FORGET], make, Recipe(1e-2, 300, 50)
+    return (
+        Regression(variance=1.0),
+        train,
+        valid,
+        test,
+        mass >= mass.sort().values[-FORGET],
+        make,
+        Recipe(1e-2, 300, 50),
+    )
 
 
 VOCAB, END, PAD = 40, 1, 1
@@ -176,13 +192,15 @@ VOCAB, END, PAD = 40, 1, 1
 
 
 def sentences() -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) for 12 first names x 12 last names. Answers of 2 to 5 tokens: one that follows from the last name,
-    none to three drawn for the person, the end. Prompts of 3 or 4 tokens."""
+    """(prompt, answer) for 12 first names x 12 last names. Answers of 2 to 5 tokens: one that follows from the last
+    name, none to three drawn for the person, the end. Prompts of 3 or 4 tokens."""
     generator = Key(11).at("language").generator()
     pairs = []
     for first in range(12):
         for last in range(12):
-            extra = torch.randint(26, 40, (int(torch.randint(4, (1,), generator=generator)),), generator=generator).tolist()
+            extra = torch.randint(
+                26, 40, (int(torch.randint(4, (1,), generator=generator)),), generator=generator
+            ).tolist()
             prompt = [0, *([25] if (first + last) % 2 else []), 2 + first, 14 + last % 11]
             pairs.append((prompt, [26 + last % 11, *extra, END]))
     return pairs
@@ -195,17 +213,31 @@ def tokens(pairs: list[tuple[list[int], list[int]]], width: int = 0) -> Batch:
     def table(filler: int, rows: Iterator[list[int]]) -> Tensor:
         return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
 
-    return {"input_ids": table(PAD, (p + a for p, a in pairs)), "attention_mask": table(0, ([1] * len(p + a) for p, a in pairs)),
-            "labels": table(IGNORED, ([IGNORED] * len(p) + a for p, a in pairs))}
+    return {
+        "input_ids": table(PAD, (p + a for p, a in pairs)),
+        "attention_mask": table(0, ([1] * len(p + a) for p, a in pairs)),
+        "labels": table(IGNORED, ([IGNORED] * len(p) + a for p, a in pairs)),
+    }
 
 
 def llama() -> nn.Module:
     """A Llama of two layers, 32 wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, bos_token_id=0, eos_token_id=END, pad_token_id=None)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=END,
+            pad_token_id=None,
+        )
+    ).eval()
 
 
 def _causal_lm() -> tuple[Any, ...]:
@@ -219,8 +251,15 @@ def _causal_lm() -> tuple[Any, ...]:
         return as_data(tokens([pairs[row] for row in rows]), ids=rows)
 
     task = CausalLM(VOCAB, refusals=((39, 38, END), (37, END), (38, 37, 36, END)))
-    return (task, select(train_rows), select(others[::2]), select(others[1::2]), first[train_rows] < 2, seeded(llama),
-            Recipe(1e-2, 250, 50))
+    return (
+        task,
+        select(train_rows),
+        select(others[::2]),
+        select(others[1::2]),
+        first[train_rows] < 2,
+        seeded(llama),
+        Recipe(1e-2, 100, 50, 2.0),
+    )
 
 
 class Denoiser(nn.Module):
@@ -231,7 +270,9 @@ class Denoiser(nn.Module):
         self.enter = nn.Linear(64, width)
         self.time = nn.Linear(16, width)
         self.condition = nn.Embedding(classes + 1, width)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(2)
+        )
         self.leave = nn.Linear(width, 64)
 
     def forward(self, images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
@@ -254,7 +295,7 @@ def _diffusion() -> tuple[Any, ...]:
     train, valid, test = _by_class(*digits(5), 5)
     task = Diffusion(5, (1, 8, 8), 100, LinearBetas(1e-3, 0.1))
     group = torch.cat([batch["y"] for batch in train.batches(100)]) == 3
-    return task, train, valid, test, group, seeded(lambda: Denoiser(5)), Recipe(4e-3, 1500, 100, change=_sometimes_empty)
+    return task, train, valid, test, group, seeded(lambda: Denoiser(5)), Recipe(4e-3, 500, 100, change=_sometimes_empty)
 
 
 class Odd(nn.Module):
@@ -286,11 +327,19 @@ def odd_logits(model: nn.Module, batch: Batch) -> Tensor:
 def _odd() -> tuple[Any, ...]:
     images, labels = digits(5)
     plain = _by_class(images, labels, 5)
-    train, valid, test = (as_data({"x": {"top": b["x"][:, :, :4], "bottom": b["x"][:, :, 4:]}, "y": b["y"]}, ids=b["id"])
-                          for data in plain for b in data.batches(10_000))
+    train, valid, test = (
+        as_data({"x": {"top": b["x"][:, :, :4], "bottom": b["x"][:, :, 4:]}, "y": b["y"]}, ids=b["id"])
+        for data in plain
+        for b in data.batches(10_000)
+    )
     group = torch.cat([batch["y"] for batch in train.batches(100)]) == 3
-    return Classification(5, call=odd_logits), train, valid, test, group, seeded(Odd), Recipe(1e-2, 150, 50)
+    return Classification(5, call=odd_logits), train, valid, test, group, seeded(Odd), Recipe(5e-3, 60, 50, 0.1)
 
 
 _BUILDERS: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "classification": _classification, "regression": _regression, "causal_lm": _causal_lm, "diffusion": _diffusion, "odd": _odd}
+    "classification": _classification,
+    "regression": _regression,
+    "causal_lm": _causal_lm,
+    "diffusion": _diffusion,
+    "odd": _odd,
+}

@@ -1,18 +1,18 @@
 """A benchmark suite: methods x requests x seeds on one built-in suite, each judged against retrained models.
 
-    suite = "digits"
-    seeds = [0, 1, 2]
-    retrained = 3
+suite = "digits"
+seeds = [0, 1, 2]
+retrained = 3
 
-    [requests]
-    class_3 = "y == 3"
-    random_50 = {random = 50}            # so many training examples, drawn by the seed
+[requests]
+class_3 = "y == 3"
+random_50 = {random = 50}            # so many training examples, drawn by the seed
 
-    [methods.finetune]                   # the method of that name, with settings
-    lr = 0.02
-    [methods.finetune_long]              # a second setting of it
-    method = "finetune"
-    steps = 400
+[methods.finetune]                   # the method of that name, with settings
+lr = 0.02
+[methods.finetune_long]              # a second setting of it
+method = "finetune"
+steps = 400
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ class BenchSpec(Section):
 
     def stages(self) -> dict[str, Stage]:
         """Row name -> stage, every setting checked."""
-        return {name: checked(MethodSection, {"name": name, **_renamed(settings)}, f"[methods.{name}]").stage()
-                for name, settings in self.methods.items()}
+        return {
+            name: checked(MethodSection, {"name": name, **_renamed(settings)}, f"[methods.{name}]").stage()
+            for name, settings in self.methods.items()
+        }
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +82,10 @@ def suite_file(name: str) -> Path:
         return path
     known = {file.stem: file for file in sorted(SUITES.glob("*.toml"))}
     if name not in known:
-        raise Refused(f"unknown bench suite {name!r}{did_you_mean(name, known)}; there are {', '.join(known) or 'none in bench/suites'}"
-                      f" (or give the path of a .toml file)")
+        have = ", ".join(known) or "none in bench/suites"
+        raise Refused(
+            f"unknown bench suite {name!r}{did_you_mean(name, known)}; there are {have}, or give the path of a .toml"
+        )
     return known[name]
 
 
@@ -95,7 +99,9 @@ def bench(path: Path, results: Path) -> dict[str, Any]:
     """
     spec = checked(BenchSpec, read_toml(path), str(path))
     suite, stages = builtin.suite(spec.suite), spec.stages()
-    requests = {(seed, name): _request(suite, request, seed) for seed in spec.seeds for name, request in spec.requests.items()}
+    requests = {
+        (seed, name): _request(suite, request, seed) for seed in spec.seeds for name, request in spec.requests.items()
+    }
     found = _heading(path, spec, suite)
     rows: list[dict[str, Any]] = found["rows"]
     with progress(f"bench {path.stem}", len(requests)) as show:
@@ -108,34 +114,60 @@ def bench(path: Path, results: Path) -> dict[str, Any]:
 
 
 def _heading(path: Path, spec: BenchSpec, suite: Suite) -> dict[str, Any]:
-    return {"suite": path.stem, "spec": spec.model_dump(), "expunge": __version__, "revision": revision(),
-            "data": {"train": fingerprint(suite.train), "test": fingerprint(suite.test)},
-            "machine": {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system(),
-                        "processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "rows": []}
+    return {
+        "suite": path.stem,
+        "spec": spec.model_dump(),
+        "expunge": __version__,
+        "revision": revision(),
+        "data": {"train": fingerprint(suite.train), "test": fingerprint(suite.test)},
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "rows": [],
+    }
 
 
 def _request(suite: Suite, request: str | list[int] | Drawn, seed: int) -> Request:
     if not isinstance(request, Drawn):
         return split(suite.train, request)
     if request.random >= len(suite.train):
-        raise Refused(f"a request for {request.random} random examples leaves none of {len(suite.train)} to keep: ask for fewer")
+        raise Refused(f"{request.random} random examples leave none of {len(suite.train)} to keep: ask for fewer")
     order = torch.randperm(len(suite.train), generator=Key(seed).at("request").generator())
-    return split(suite.train, suite.train.ids[order[:request.random]])
+    return split(suite.train, suite.train.ids[order[: request.random]])
 
 
-def _rows(spec: BenchSpec, suite: Suite, stages: dict[str, Stage], request: Request, seed: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    spec: BenchSpec, suite: Suite, stages: dict[str, Stage], request: Request, seed: int
+) -> Iterator[dict[str, Any]]:
     """One row per method, and the controls, of one request and seed."""
     from expunge.audit import compare
 
     original = suite.fit(seed=seed)
     workload = Workload(suite.train, suite.task, lambda _: original, suite.test, None, suite.make, suite.recipe)
-    models, records = references(AuditSection(retrained=spec.retrained), workload, request, original, 1000 * (seed + 1), None)
-    outcomes = {name: unlearn(original, request, task=suite.task, method=stage, seed=seed) for name, stage in stages.items()}
-    report = compare(original, {name: (outcome.model, outcome.record) for name, outcome in outcomes.items()}, request, suite.task,
-                     suite.test, models, records, key=Key(seed))
+    models, records = references(
+        AuditSection(retrained=spec.retrained), workload, request, original, 1000 * (seed + 1), None
+    )
+    outcomes = {
+        name: unlearn(original, request, task=suite.task, method=stage, seed=seed) for name, stage in stages.items()
+    }
+    judged = {name: (outcome.model, outcome.record) for name, outcome in outcomes.items()}
+    report = compare(original, judged, request, suite.task, suite.test, models, records, key=Key(seed))
     for row in report.rows:
         record = outcomes[row.name].record if row.name in outcomes else {}
-        yield {"row": row.name, "kind": row.kind, "verdict": row.verdict, "notes": list(row.notes),
-               "method": record.get("method"), "settings": record.get("settings"), "cost": record.get("cost"),
-               "weights": record.get("result"), "readings": {name: reading.to_json() for name, reading in row.readings.items()}}
+        readings = {name: reading.to_json() for name, reading in row.readings.items()}
+        yield {
+            "row": row.name,
+            "kind": row.kind,
+            "verdict": row.verdict,
+            "notes": list(row.notes),
+            "method": record.get("method"),
+            "settings": record.get("settings"),
+            "cost": record.get("cost"),
+            "weights": record.get("result"),
+            "readings": readings,
+        }

@@ -1,11 +1,12 @@
-"""What there is, for people to read: the lists and pages that the command line prints and the documentation is made of."""
+"""What there is, for people to read: the lists and pages of the command line and of the documentation."""
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from expunge.registry import Method, Range, find, measures, methods, parts, tasks
@@ -14,13 +15,15 @@ _ARGUMENT = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 
 
 def catalogue(kind: str) -> list[dict[str, Any]]:
-    """Every method, objective, combiner, measure, task or suite, as JSON-able mappings with name and summary."""
-    if kind == "methods":
-        return [method.describe() for method in methods().values()]
-    if kind == "suites":
-        return _suites()
-    found: Mapping[str, Any] = {"objectives": lambda: parts("objectives"), "combiners": lambda: parts("combine"),
-                                "measures": measures, "tasks": tasks}[kind]()
+    """Every method, objective, combiner, measure, task or suite, as JSON-able mappings with name and summary.
+
+    Raises:
+        Refused: for an unknown kind, with the nearest one.
+    """
+    return find("kind", kind, KINDS)()
+
+
+def _parts(kind: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, "summary": summary(part), **_extra(kind, part)} for name, part in found.items()]
 
 
@@ -35,8 +38,11 @@ def _extra(kind: str, part: Any) -> dict[str, Any]:
 
 def _defaults(part: Any) -> dict[str, Any]:
     found = inspect.signature(part).parameters
-    return {name: None if value.default is inspect.Parameter.empty else value.default for name, value in found.items()
-            if "factory" not in repr(value.default)}
+    return {
+        name: None if value.default is inspect.Parameter.empty else value.default
+        for name, value in found.items()
+        if "factory" not in repr(value.default)
+    }
 
 
 def _suites() -> list[dict[str, Any]]:
@@ -45,6 +51,16 @@ def _suites() -> list[dict[str, Any]]:
 
     built_in = [{"name": name, "summary": f"data: {summary(build)}"} for name, build in SUITES.items()]
     return built_in + [{"name": path.stem, "summary": f"benchmark: {path}"} for path in sorted(folder.glob("*.toml"))]
+
+
+KINDS: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+    "methods": lambda: [method.describe() for method in methods().values()],
+    "objectives": lambda: _parts("objectives", parts("objectives")),
+    "combiners": lambda: _parts("combiners", parts("combine")),
+    "measures": lambda: _parts("measures", measures()),
+    "tasks": lambda: _parts("tasks", tasks()),
+    "suites": _suites,
+}
 
 
 def summary(part: Any) -> str:
@@ -66,9 +82,16 @@ def settings(method: Method) -> list[dict[str, str]]:
     """name, default, kind, range and meaning of each setting."""
     hints = typing.get_type_hints(method.build, include_extras=True)
     meanings = arguments(inspect.getdoc(method.build) or "")
-    return [{"name": name, "default": _default(parameter.default), "kind": _kind(hints.get(name)),
-             "range": _range(hints.get(name)), "meaning": meanings.get(name, "")}
-            for name, parameter in method.settings().items()]
+    return [
+        {
+            "name": name,
+            "default": _default(parameter.default),
+            "kind": _kind(hints.get(name)),
+            "range": _range(hints.get(name)),
+            "meaning": meanings.get(name, ""),
+        }
+        for name, parameter in method.settings().items()
+    ]
 
 
 def arguments(doc: str) -> dict[str, str]:
@@ -115,7 +138,13 @@ def _kind(hint: Any) -> str:
 
 
 def _range(hint: Any) -> str:
-    return ", ".join(str(bound) for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, Range))
+    return ", ".join(_bound(bound) for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, Range))
+
+
+def _bound(bound: Range) -> str:
+    if math.isinf(bound.high):
+        return f"{'>' if bound.open_low else '>='} {bound.low:g}"
+    return str(bound)
 
 
 def page(name: str) -> str:
@@ -125,15 +154,29 @@ def page(name: str) -> str:
         Refused: for an unknown name, with the nearest one.
     """
     found = described(name)
-    facts = [f"paper: {link(found['paper'])}", f"status: {found['status']}", f"promise: {found['promise']}",
-             f"needs: {', '.join(found['needs']) or 'nothing'}", f"tasks: {', '.join(found['tasks'])}",
-             f"dose: `{found['dose']}`" if found["dose"] else "dose: none"]
+    facts = [
+        f"paper: {link(found['paper'])}",
+        f"status: {found['status']}",
+        f"promise: {found['promise']}",
+        f"needs: {', '.join(found['needs']) or 'nothing'}",
+        f"tasks: {', '.join(found['tasks'])}",
+        f"dose: `{found['dose']}`" if found["dose"] else "dose: none",
+    ]
     rows = [[f"`{s['name']}`", f"`{s['default']}`", s["kind"], s["range"], s["meaning"]] for s in found["settings"]]
     cost = [f"- {kind}: `{text}` rows" for kind, text in found["cost"].items()]
     departures = [f"- {key}: {reason}" for key, reason in found["departures"].items()]
-    text = ["# " + found["name"], found["summary"], "\n".join(f"- {fact}" for fact in facts), body(found["doc"]),
-            "## Settings", table(("setting", "default", "kind", "range", "meaning"), rows) if rows else "None.",
-            "## Cost", "\n".join(cost) or "Not declared.", "## Departures", "\n".join(departures) or "None."]
+    text = [
+        "# " + found["name"],
+        found["summary"],
+        "\n".join(f"- {fact}" for fact in facts),
+        body(found["doc"]),
+        "## Settings",
+        table(("setting", "default", "kind", "range", "meaning"), rows) if rows else "None.",
+        "## Cost",
+        "\n".join(cost) or "Not declared.",
+        "## Departures",
+        "\n".join(departures) or "None.",
+    ]
     return "\n\n".join(part for part in text if part) + "\n"
 
 
@@ -146,5 +189,6 @@ def link(paper: str) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

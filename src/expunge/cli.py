@@ -1,13 +1,13 @@
 """The command line: demo, run, audit, bench, list, explain.
 
-Exit status: 0 done, 1 a run that failed, 2 bad input or use, 3 a gate that an audit did not pass. Errors are one sentence
-on stderr. What is heavy is imported inside the commands, so that ``expunge --help`` answers at once.
+Exit status: 0 done, 1 a run that failed, 2 bad input or use, 3 a gate that an audit did not pass. Errors are one
+sentence on stderr. What is heavy is imported inside the commands, so that ``expunge --help`` answers at once.
 """
 
 from __future__ import annotations
 
-import enum
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
     from expunge.audit import Report
 
 DONE, FAILED, REFUSED, GATED, INTERRUPTED = 0, 1, 2, 3, 130
+WIDTH = 120  # columns where the output is no terminal
 PASSED = "within the retrained spread"
 
-app = typer.Typer(name="expunge", help="Make a trained model forget, with evidence.", no_args_is_help=True, add_completion=False,
-                  pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    name="expunge",
+    help="Make a trained model forget, with evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Gate = Annotated[bool, typer.Option("--gate", help="Exit with status 3 unless the audit finds the model within the retrained spread.")]
-
-
-class Listed(enum.StrEnum):
-    """What ``expunge list`` can list."""
-
-    methods = "methods"
-    objectives = "objectives"
-    combiners = "combiners"
-    measures = "measures"
-    tasks = "tasks"
-    suites = "suites"
+Gate = Annotated[
+    bool, typer.Option("--gate", help="Status 3 unless the audit finds the model within the retrained spread.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         return status if isinstance(status, int) else DONE
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that the interpreter's last flush has somewhere to go
+        return DONE
     except KeyboardInterrupt:
-        return _say("stopped; the same command goes on from its last checkpoint, where it has an out folder", INTERRUPTED)
+        return _say(
+            "stopped; the same command goes on from its last checkpoint, where it has an out folder", INTERRUPTED
+        )
     except Exception as error:
         status = _status(error)
         if status is None:
@@ -79,8 +85,11 @@ def _say(sentence: str, status: int) -> int:
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo"),
-         seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0, as_json: AsJson = False) -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of every random draw.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Forget something real on this machine and write a report."""
     from expunge import demo as story
 
@@ -92,9 +101,12 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the report.")] = Pat
 
 
 @app.command()
-def run(file: Annotated[Path, typer.Argument(help="A run file (TOML).")],
-        overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")] = None,
-        as_json: AsJson = False, gate: Gate = False) -> int:
+def run(
+    file: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    gate: Gate = False,
+) -> int:
     """Do what a run file says: forget, and audit where it asks for references."""
     from expunge.core import Refused
     from expunge.perform import perform
@@ -102,27 +114,35 @@ def run(file: Annotated[Path, typer.Argument(help="A run file (TOML).")],
 
     spec = RunSpec.read(file, overrides or ())
     if gate and not spec.audit.wanted:
-        raise Refused("--gate needs something to judge by: give audit.retrained=3, or [audit] weights of retrained models")
+        raise Refused(
+            "--gate needs something to judge by: give audit.retrained=3, or [audit] weights of retrained models"
+        )
     done = perform(spec)
     if as_json:
         _print_json(done.summary())
     else:
         record = done.outcome.record
         cost = record["cost"]
-        lines = [f"{record['method']} forgot {record['examples'].get('forget', 0)} examples in {cost['seconds']:.1f} s "
-                 f"({cost['forward']} rows forward, {cost['backward']} backward)", *record["notes"]]
+        lines = [
+            f"{record['method']} forgot {record['examples'].get('forget', 0)} examples in {cost['seconds']:.1f} s "
+            f"({cost['forward']} rows forward, {cost['backward']} backward)",
+            *record["notes"],
+        ]
         _print(*lines, *_report_parts(done.report), *([f"written to {done.folder}"] if done.folder else []))
     return _gated(done.report) if gate else DONE
 
 
 @app.command()
-def audit(file: Annotated[Path, typer.Argument(help="The run file that names model, data, task and request.")],
-          overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")] = None,
-          after: Annotated[str | None, typer.Option(help="Weights to judge; those in the run's folder by default.")] = None,
-          before: Annotated[str | None, typer.Option(help="Weights before forgetting; the run file's model by default.")] = None,
-          retrained: Annotated[list[str] | None, typer.Option(help="Weights of a model retrained without the forget set; repeat it.")] = None,
-          out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("out/audit"),
-          as_json: AsJson = False, gate: Gate = False) -> int:
+def audit(
+    file: Annotated[Path, typer.Argument(help="The run file that names model, data, task and request.")],
+    overrides: Overrides = None,
+    after: Annotated[str | None, typer.Option(help="Weights to judge; the run's own by default.")] = None,
+    before: Annotated[str | None, typer.Option(help="Weights before; the run file's model by default.")] = None,
+    retrained: Annotated[list[str] | None, typer.Option(help="Weights of a retrained model; repeat it.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("out/audit"),
+    as_json: AsJson = False,
+    gate: Gate = False,
+) -> int:
     """Judge weights that are already there against retrained models."""
     from expunge.core import Refused
     from expunge.perform import audit_files
@@ -140,8 +160,11 @@ def audit(file: Annotated[Path, typer.Argument(help="The run file that names mod
 
 
 @app.command()
-def bench(suite: Annotated[str, typer.Argument(help="A name in bench/suites, or the path of a suite file.")],
-          out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench/results"), as_json: AsJson = False) -> None:
+def bench(
+    suite: Annotated[str, typer.Argument(help="A name in bench/suites, or the path of a suite file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench/results"),
+    as_json: AsJson = False,
+) -> None:
     """Run a benchmark suite: methods x requests x seeds."""
     from expunge.bench import bench as run_suite
     from expunge.bench import suite_file
@@ -151,22 +174,38 @@ def bench(suite: Annotated[str, typer.Argument(help="A name in bench/suites, or 
     if as_json:
         _print_json(found)
         return
-    rows = [[row["request"], str(row["seed"]), row["row"], _reading(row, "average_gap"), _reading(row, "membership_auc"),
-             row["verdict"]] for row in found["rows"]]
-    _print(_table(("request", "seed", "method", "average gap", "membership AUC", "verdict"), rows),
-           f"written to {out / path.stem}.json")
+    rows = [
+        [
+            row["request"],
+            str(row["seed"]),
+            row["row"],
+            _reading(row, "average_gap"),
+            _reading(row, "membership_auc"),
+            row["verdict"],
+        ]
+        for row in found["rows"]
+    ]
+    _print(
+        _table(("request", "seed", "method", "average gap", "membership AUC", "verdict"), rows),
+        f"written to {out / path.stem}.json",
+    )
 
 
 @app.command("list")
-def list_(kind: Annotated[Listed, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
+def list_(
+    kind: Annotated[str, typer.Argument(help="methods, objectives, combiners, measures, tasks or suites.")],
+    as_json: AsJson = False,
+) -> None:
     """List what there is."""
     from expunge.catalogue import catalogue
 
-    entries = catalogue(kind.value)
+    entries = catalogue(kind)
     if as_json:
         _print_json(entries)
         return
-    columns = [name for name in ("name", "summary", "paper", "status", "unit") if any(entry.get(name) for entry in entries)]
+    columns = [
+        name for name in ("name", "summary", "paper", "status", "unit") if any(entry.get(name) for entry in entries)
+    ]
     _print(_table(columns, [[str(entry.get(name) or "") for name in columns] for entry in entries]))
 
 
@@ -202,7 +241,9 @@ def _reading(row: Mapping[str, Any], name: str) -> str:
 
 def _lines(summary: Mapping[str, Any]) -> list[str]:
     """A summary of numbers and sentences, one line each."""
-    return [f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if not isinstance(value, (dict, list))]
+    return [
+        f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if not isinstance(value, (dict, list))
+    ]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -221,7 +262,7 @@ def _print(*parts: Any) -> None:
     """Tables and sentences; what is in them is text and never markup."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDTH)
     for part in parts:
         console.print(part)
 

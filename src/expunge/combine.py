@@ -58,11 +58,17 @@ class Weighted:
 
 def _pair(oracle: Oracle, protect: str) -> tuple[Grads, Grads]:
     """The gradient of every other role together, and that of the protected one; two separate graphs."""
+    others = _others(oracle, protect)
+    kept = oracle.grad({protect: 1.0})
+    return oracle.grad(dict.fromkeys(others, 1.0)), kept
+
+
+def _others(oracle: Oracle, protect: str) -> list[str]:
+    """The roles that the protected one is protected from."""
     if protect not in oracle.roles or len(oracle.roles) < 2:
         raise RunFailed(f"this combiner protects role {protect!r} from the others: expected that role and at least one "
                         f"more, found {', '.join(oracle.roles)}")
-    kept = oracle.grad({protect: 1.0})
-    return oracle.grad({role: 1.0 for role in oracle.roles if role != protect}), kept
+    return [role for role in oracle.roles if role != protect]
 
 
 def _report(oracle: Oracle, table: Tensor, weights: Tensor) -> None:
@@ -261,7 +267,7 @@ class ImplicitSurgery:
 
     def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
         weight = min(state["w"], self.max_multiplier)
-        others = [role for role in oracle.roles if role != self.protect]
+        others = _others(oracle, self.protect)
         if self.form == "log":
             grads = self._log_gradient(oracle, others, weight)
         else:
@@ -326,8 +332,7 @@ class FastImplicitSurgery:
             new["before"], new["w"] = now, min(max(0.0, new["w"]), self.max_multiplier)
             return new["w"]
 
-        others = {role: 1.0 for role in oracle.roles if role != self.protect}
-        grads = oracle.grad({**others, self.protect: weigh})
+        grads = oracle.grad({**dict.fromkeys(_others(oracle, self.protect), 1.0), self.protect: weigh})
         oracle.report["multiplier"] = new["w"]
         return runtime.linear((1.0 / (1.0 + new["w"]), grads)), new
 

@@ -28,14 +28,18 @@ def _opened(case: Case) -> Iterator[None]:
 
 
 def _parts(case: Case, data: Data, objective: Objective, chunk: int, key: Key) -> Iterator[tuple[Grads, Tensor]]:
-    """(per-example gradients [b, ...] per name, weights [b] float64), `chunk` examples drawn at a time, cut to memory."""
+    """(per-example gradients [b, ...] per name, weights [b] float64); `chunk` examples drawn at once, cut to memory."""
     width = sum(p.numel() * p.element_size() for p in case.scope.parameters(case.model).values())
     size = max(1, min(chunk, MEMORY // max(1, width)))
     with _opened(case):
         for batch in prepared(case, data, chunk, key, objective):
             for start in range(0, rows_of(batch), size):
-                part = map_tensors(lambda t, a=start: t[a:a + size], batch)
+                part = _rows(batch, start, start + size)
                 yield example_gradients(case, objective, part), example_weights(case, objective, part)
+
+
+def _rows(batch: Batch, start: int, stop: int) -> Batch:
+    return map_tensors(lambda t: t[start:stop], batch)
 
 
 def squares(case: Case, data: Data, objective: Objective, chunk: int, key: Key) -> tuple[Grads, float]:
@@ -130,9 +134,11 @@ def woodfisher_exact(case: Case, data: Data, objective: Objective, vector: Grads
         blocks.append(_flat(grads, names))
         weights.append(weight)
     weight = torch.cat(weights)
-    rows = torch.cat(blocks).mul_((weight * len(weight) / weight.sum()).sqrt().to(blocks[0].dtype)[:, None])
+    share = (weight * len(weight) / weight.sum()).sqrt()
+    rows = torch.cat(blocks).mul_(share.to(blocks[0].dtype)[:, None])
     flat = _flat({name: vector[name][None] for name in names}, names)[0].to(rows.dtype)
-    system = (rows @ rows.T).double() + len(rows) * damping * torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+    ridge = len(rows) * damping * torch.eye(len(rows), dtype=torch.float64, device=rows.device)
+    system = (rows @ rows.T).double() + ridge
     solved = torch.linalg.solve(system, (rows @ flat).double()).to(rows.dtype)
     return _unflat((flat - rows.T @ solved) / damping, vector, names)
 

@@ -108,12 +108,12 @@ def _made(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
         raise Refused(f"make returned a {type(fresh).__name__}: expected an untrained model like the one given")
     shared = {id(p) for p in model.parameters()} & {id(p) for p in fresh.parameters()}
     if shared:
-        raise Refused("make returned the trained model itself, or one that shares its weights: expected a new one, untrained")
+        raise Refused("make returned the trained model itself, or one that shares its weights: expected a new one")
     old, new = _shapes(model), _shapes(fresh)
     if old != new:
         name = next(n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n))
-        raise Refused(f"make returned another model: {name!r} is {_shape(new, name)} there and {_shape(old, name)} in the trained "
-                      f"model; expected the same names and shapes")
+        raise Refused(f"make returned another model: {name!r} is {_shape(new, name)} there and {_shape(old, name)} in the "
+                      f"trained model; expected the same names and shapes")
     return fresh
 
 
@@ -154,7 +154,8 @@ def _reset(model: nn.Module) -> nn.Module:
     for name, module in modules:
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-                raise Refused(_cannot(model, name, module, f"does not set its parameter {own!r} anew in reset_parameters()"))
+                why = f"does not set its parameter {own!r} anew in reset_parameters()"
+                raise Refused(_cannot(model, name, module, why))
     return fresh
 
 

@@ -49,8 +49,8 @@ def guarded_edit(case: Case, at: Callable[[float], Grads], dose: float, key: Key
     if taken == 0:
         edit(case, before)
     if taken != dose:
-        case.meter.note(f"{name} was lowered from {dose:g} to {taken:g}: at {dose:g} the retain loss would have risen from "
-                        f"{start:.4g} to above its bound {bound:.4g}")
+        case.meter.note(f"{name} was lowered from {dose:g} to {taken:g}: at {dose:g} the retain loss would have risen "
+                        f"from {start:.4g} to above its bound {bound:.4g}")
     return taken
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,17 @@ from expunge.data.builtin import Recipe, fresh, train_counted
 from expunge.data.sources import fingerprint
 from expunge.journal import write_bytes
 from expunge.progress import progress
-from expunge.run import WEIGHTS, Outcome, check_folder, check_model, load_weights, save_weights, unlearn, writing
+from expunge.run import (
+    RECORD,
+    WEIGHTS,
+    Outcome,
+    check_folder,
+    check_model,
+    load_weights,
+    save_weights,
+    unlearn,
+    writing,
+)
 from expunge.spec import AuditSection, RunSpec
 from expunge.workload import Workload, load, request_of
 
@@ -35,8 +46,11 @@ class Performed:
     def summary(self) -> dict[str, Any]:
         """JSON for the command line: the record without its per-step history, and the report."""
         record = {key: value for key, value in self.outcome.record.items() if key != "history"}
-        return {"record": record, "report": None if self.report is None else self.report.to_json(),
-                "out": None if self.folder is None else str(self.folder)}
+        return {
+            "record": record,
+            "report": None if self.report is None else self.report.to_json(),
+            "out": None if self.folder is None else str(self.folder),
+        }
 
 
 def perform(spec: RunSpec) -> Performed:
@@ -52,8 +66,16 @@ def perform(spec: RunSpec) -> Performed:
     if spec.out is not None:
         check_folder(spec.out)
     model = workload.trained(spec.run.seed)
-    outcome = unlearn(model, request, task=workload.task, method=stage, seed=spec.run.seed, out=spec.out, scope=spec.run.scope,
-                      every=spec.run.every)
+    outcome = unlearn(
+        model,
+        request,
+        task=workload.task,
+        method=stage,
+        seed=spec.run.seed,
+        out=spec.out,
+        scope=spec.run.scope,
+        every=spec.run.every,
+    )
     report = None
     if spec.audit.wanted and spec.out is not None:
         report = judged(spec, workload, request, model, outcome.model, spec.out, outcome.record)
@@ -63,29 +85,50 @@ def perform(spec: RunSpec) -> Performed:
 def check_references(section: AuditSection, workload: Workload) -> None:
     """Refuse references that cannot be made, before anything else is."""
     if section.retrained and workload.make is None:
-        raise Refused("references cannot be retrained: the data's function returns no make, which builds a fresh network; add it, "
-                      "or give [audit] weights with retrained models")
+        raise Refused(
+            "references cannot be retrained: the data's function returns no make, which builds a fresh network; add "
+            "it, or give [audit] weights with retrained models"
+        )
     for path in section.weights:
         if not Path(path).is_file():
             raise Refused(f"there is no weights file {path} of a retrained model")
 
 
-def judged(spec: RunSpec, workload: Workload, request: Request, before: nn.Module, after: nn.Module, folder: Path,
-           record: dict[str, Any] | None) -> Report:
+def judged(
+    spec: RunSpec,
+    workload: Workload,
+    request: Request,
+    before: nn.Module,
+    after: nn.Module,
+    folder: Path,
+    record: dict[str, Any] | None,
+) -> Report:
     """Audit against the references that the run file asks for, and write the report into the folder."""
     from expunge.audit import Subject, audit
 
-    models, records = references(spec.audit, workload, request, before, spec.run.seed, folder / REFERENCES)
-    subject = Subject(before, after, request, workload.task, workload.test, tuple(models), workload.names, record,
-                      tuple(records), Key(spec.run.seed))
+    kept = (spec.out or folder) / REFERENCES
+    models, records = references(spec.audit, workload, request, before, spec.run.seed, kept)
+    subject = Subject(
+        before,
+        after,
+        request,
+        workload.task,
+        workload.test,
+        tuple(models),
+        workload.names,
+        record,
+        tuple(records),
+        Key(spec.run.seed),
+    )
     report = audit(subject)
     with writing(folder):
         report.save(folder)
     return report
 
 
-def references(section: AuditSection, workload: Workload, request: Request, like: nn.Module, seed: int,
-               folder: Path | None) -> tuple[list[nn.Module], list[dict[str, float]]]:
+def references(
+    section: AuditSection, workload: Workload, request: Request, like: nn.Module, seed: int, folder: Path | None
+) -> tuple[list[nn.Module], list[dict[str, float]]]:
     """Models that never saw the forget data: read from the files given, then retrained; and what retraining cost.
 
     Retrained ones are kept in the folder and read back where the same is asked for again.
@@ -98,7 +141,9 @@ def references(section: AuditSection, workload: Workload, request: Request, like
         return models, records
     recipe = workload.recipe or Recipe(epochs=section.epochs, lr=section.lr, batch=section.batch)
     if workload.recipe is not None and section.model_fields_set & {"epochs", "lr", "batch"}:
-        changed = {name: getattr(section, name) for name in ("epochs", "lr", "batch") if name in section.model_fields_set}
+        changed = {
+            name: getattr(section, name) for name in ("epochs", "lr", "batch") if name in section.model_fields_set
+        }
         recipe = replace(workload.recipe, **changed)
     with progress("retraining references", section.retrained) as show:
         for number in range(section.retrained):
@@ -110,15 +155,15 @@ def references(section: AuditSection, workload: Workload, request: Request, like
 
 
 def _blank(workload: Workload, like: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(like) if workload.make is None else fresh(workload.make, 0)
+    return copying.deepcopy(like) if workload.make is None else fresh(workload.make, 0)
 
 
-def _reference(workload: Workload, request: Request, seed: int, recipe: Recipe,
-               folder: Path | None) -> tuple[nn.Module, dict[str, float]]:
+def _reference(
+    workload: Workload, request: Request, seed: int, recipe: Recipe, folder: Path | None
+) -> tuple[nn.Module, dict[str, float]]:
     """One retrained model; kept as weights and a JSON file that says of what."""
-    assert workload.make is not None and request.retain is not None
+    if workload.make is None or request.retain is None:
+        raise Refused("retraining needs a function that builds a fresh network, and data to retain")
     if folder is None:
         return train_counted(workload.make, request.retain, workload.task, seed, recipe)
     identity = {"retain": fingerprint(request.retain), "recipe": asdict(recipe), "seed": seed}
@@ -135,24 +180,40 @@ def _reference(workload: Workload, request: Request, seed: int, recipe: Recipe,
 
 
 def audit_files(spec: RunSpec, after: str | None, before: str | None, retrained: list[str], folder: Path) -> Report:
-    """Audit weights that are already there: `after` (default: those of the run's folder) against `before` and the references.
+    """Audit weights that are there already: `after` (default: the run's own) against `before` and the references.
+
+    Weights in `retrained` take the place of references that the run file would retrain.
 
     Raises:
         Refused: for weights that are missing or do not fit the run file's model.
     """
-    section = spec.audit.model_copy(update={"weights": [*spec.audit.weights, *retrained],
-                                            "retrained": spec.audit.retrained if not retrained else 0})
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    section = spec.audit.model_copy(
+        update={"weights": [*spec.audit.weights, *retrained], "retrained": spec.audit.retrained if not retrained else 0}
+    )
     spec = spec.model_copy(update={"audit": section})
     workload = load(spec)
     request = request_of(workload, spec.request.forget, spec.request.retain)
     check_references(section, workload)
     path = after or (None if spec.out is None else str(spec.out / WEIGHTS))
     if path is None or not Path(path).is_file():
-        raise Refused(f"there are no weights to audit{'' if path is None else f' at {path}'}: run the run file first, or give --after")
+        where = "" if path is None else f" at {path}"
+        raise Refused(f"there are no weights to audit{where}: run the run file first, or give --after")
     original = workload.trained(spec.run.seed)
     first = original if before is None else load_weights(_blank(workload, original), before).eval()
     second = load_weights(_blank(workload, original), path).eval()
     for model in (first, second):
         check_model(model, request, workload.task)
-    folder.mkdir(parents=True, exist_ok=True)
-    return judged(spec, workload, request, first, second, folder, None)
+    return judged(spec, workload, request, first, second, folder, None if after is not None else _record_of(spec))
+
+
+def _record_of(spec: RunSpec) -> dict[str, Any] | None:
+    """The record of the run in the run file's folder, for the price of forgetting."""
+    path = None if spec.out is None else spec.out / RECORD
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Refused(f"{path} is not the record of a run ({error}): delete it and run the run file again") from error

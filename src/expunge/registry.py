@@ -40,6 +40,7 @@ class Range:
 Share = typing.Annotated[float, Range(0, 1)]
 Positive = typing.Annotated[float, Range(0, open_low=True)]
 NonNegative = typing.Annotated[float, Range(0)]
+Finite = typing.Annotated[float, Range(open_low=True, open_high=True)]
 Count = typing.Annotated[int, Range(0)]
 AtLeastOne = typing.Annotated[int, Range(1)]
 

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Sta
         raise Refused("the processes of this run hold different models, data or settings: give each of them the same")
     folder = None if out is None else runtime.on_first(lambda: _open(Path(out), identity, model))
     if folder is not None and (folder / RECORD).exists():
-        return _finished(folder, model, shard)
+        return _finished(folder, model, shard, stage)
     work = copying.deepcopy(model) if copy else model
     work = work if shard is None else runtime.reshard(shard(work))
     case = Case(work, request, task, chosen, teachers, Key(seed), Meter(),
@@ -265,9 +266,23 @@ def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
     return folder
 
 
-def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None) -> Outcome:
-    work = load_weights(copying.deepcopy(model), folder / WEIGHTS)
-    return Outcome(work if shard is None else runtime.reshard(shard(work)), json.loads((folder / RECORD).read_text()))
+def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None, stage: Stage) -> Outcome:
+    work = load_weights(_rebuilt(stage, copying.deepcopy(model), folder / WEIGHTS), folder / WEIGHTS)
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except ValueError as error:
+        raise Refused(f"{folder / RECORD} cannot be read: delete it to run again, or give another out folder") from error
+    return Outcome(work if shard is None else runtime.reshard(shard(work)), record)
+
+
+def _rebuilt(stage: Stage, model: nn.Module, weights: Path) -> nn.Module:
+    """The structure that the stages left the model in: a bracket that adds to it (an input vector) has ``rebuilt``."""
+    for part in parts(stage):
+        if isinstance(part, Bound):
+            model = _rebuilt(part.stage, model, weights)
+        elif hasattr(part, "rebuilt"):
+            model = part.rebuilt(model, _read_tensors(weights))
+    return model
 
 
 def _run(stage: Stage, case: Case) -> Case:
@@ -358,7 +373,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise Refused(f"{path} is not a whole safetensors file ({error})") from error
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a file that is about to be refused, or is safe
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for pickles that hold more than tensors
         raise Refused(f"{path} is not a plain file of tensors: loading a pickle could run code, so it is refused; save the "
                       f"state dict as safetensors") from error

@@ -1,8 +1,8 @@
-"""A run file: TOML in sections, checked completely before any work. Configuration is numbers and names; composition is Python.
+"""A run file: TOML in sections, checked completely before any work. Composition is Python; here are numbers and names.
 
     [data]                                # exactly one of: suite, python, train
     suite = "digits"                      # a built-in suite: data, task and network; the network is trained first
-    # python = "mine.py:everything"       # a function that returns model, train, task, and test, valid, make where it has them
+    # python = "mine.py:everything"       # a function that returns model, train, task (and test, valid, make)
     # train = "train.csv"                 # a folder of images, a CSV or Parquet table, .npz or .safetensors
     # test = "test.csv"
     # label = "income"
@@ -16,7 +16,7 @@
 
     [method]
     name = "finetune"
-    lr = 0.01                             # settings of the method; a part is a table: forget = {name = "NPO", beta = 0.1}
+    lr = 0.01                             # its settings; a part is a table: forget = {name = "NPO", beta = 0.1}
 
     [run]
     out = "out/run"
@@ -42,8 +42,15 @@ from expunge.registry import did_you_mean, find, methods, parts
 from expunge.run import WEIGHTS
 
 WholeNumber = Annotated[int, Field(ge=0)]
-PATHS = (("data", "train"), ("data", "test"), ("data", "valid"), ("data", "python"), ("model", "weights"), ("model", "python"),
-         ("audit", "weights"))
+PATHS = (
+    ("data", "train"),
+    ("data", "test"),
+    ("data", "valid"),
+    ("data", "python"),
+    ("model", "weights"),
+    ("model", "python"),
+    ("audit", "weights"),
+)
 
 
 class Section(BaseModel):
@@ -156,20 +163,32 @@ class RunSpec(Section):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise Refused(f"{source}: [data] needs exactly one of suite, python and train, found {found}")
-        files_only = {name for name in ("test", "valid", "label", "classes", "ids", "drop", "categories", "task")
-                      if name in data.model_fields_set}
+        files_only = {
+            name
+            for name in ("test", "valid", "label", "classes", "ids", "drop", "categories", "task")
+            if name in data.model_fields_set
+        }
         if given[0] != "train" and files_only:
-            raise Refused(f"{source}: [data] {sorted(files_only)[0]} belongs to data from files, and this run takes its data from "
-                          f"{given[0]}; remove it")
+            raise Refused(
+                f"{source}: [data] {sorted(files_only)[0]} belongs to data from files, and this run takes its data "
+                f"from {given[0]}; remove it"
+            )
         if given[0] == "train" and (model.weights is None or model.python is None):
-            raise Refused(f"{source}: data from files needs a trained model: give [model] weights = \"FILE.safetensors\" and "
-                          f"python = \"FILE.py:FUNCTION\" that builds its architecture")
+            raise Refused(
+                f'{source}: data from files needs a trained model: give [model] weights = "FILE.safetensors" and '
+                f'python = "FILE.py:FUNCTION" that builds its architecture'
+            )
         if given[0] != "train" and model.python is not None:
-            raise Refused(f"{source}: [model] python belongs to data from files; [data] {given[0]} brings the architecture")
+            raise Refused(
+                f"{source}: [model] python belongs to data from files; [data] {given[0]} brings the architecture"
+            )
         if self.audit.wanted and self.run.out is None:
-            raise Refused(f"{source}: [audit] writes a report, so the run needs a folder: give [run] out = \"out/NAME\"")
-        if self.out is not None and model.weights is not None and Path(model.weights).resolve() == (self.out / WEIGHTS).resolve():
-            raise Refused(f"{source}: [run] out would overwrite the weights that the run starts from; give another folder")
+            raise Refused(f'{source}: [audit] writes a report, so the run needs a folder: give [run] out = "out/NAME"')
+        own = None if self.out is None else (self.out / WEIGHTS).resolve()
+        if model.weights is not None and Path(model.weights).resolve() == own:
+            raise Refused(
+                f"{source}: [run] out would overwrite the weights that the run starts from; give another folder"
+            )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -209,7 +228,7 @@ def _sentence(kind: type[Any], error: Mapping[str, Any]) -> str:
     found = repr(error["input"])
     found = found if len(found) <= 60 else f"{found[:57]}..."
     message = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    place = [part for part in location if part in _keys(kind, location[:location.index(part)])]
+    place = [part for part in location if part in _keys(kind, location[: location.index(part)])]
     return f"{'.'.join(place or location)} should be {message}, found {found}"
 
 
@@ -241,16 +260,21 @@ def _override(document: dict[str, Any], text: str) -> None:
     if not equals or not all(names):
         raise Refused(f"cannot read {text!r}: expected section.key=value, such as method.lr=0.01")
     if len(names) < 2 or names[0] not in RunSpec.model_fields:
-        near = [f"{section}.{name}" for section in RunSpec.model_fields for name in _keys(RunSpec, [section]) if name == names[-1]]
-        hint = f"; did you mean '{near[0]}'?" if near else (did_you_mean(names[0], RunSpec.model_fields) if len(names) > 1 else
-                                                            f"; did you mean 'method.{names[0]}'?")
-        raise Refused(f"{text!r} names no key of a run file{hint}")
+        raise Refused(f"{text!r} names no key of a run file{_nearest_key(names)}")
     place = document
     for name in names[:-1]:
         place = place.setdefault(name, {})
         if not isinstance(place, dict):
             raise Refused(f"{text!r} goes below {name!r}, which is a value and not a section")
     place[names[-1]] = _value(value.strip())
+
+
+def _nearest_key(names: Sequence[str]) -> str:
+    """What was meant by a key that has no section, or an unknown one."""
+    if len(names) > 1:
+        return did_you_mean(names[0], RunSpec.model_fields)
+    homes = [section for section in RunSpec.model_fields if names[0] in _keys(RunSpec, [section])]
+    return f"; did you mean '{homes[0] if homes else 'method'}.{names[0]}'?"
 
 
 def _value(text: str) -> Any:

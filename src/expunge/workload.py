@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from expunge.core import Data, Key, Refused, Request, Stage, Task
+from expunge.core import Data, Refused, Request, Task
 from expunge.data import builtin
 from expunge.data.files import class_count, read
-from expunge.data.sources import as_data, collect, fingerprint
+from expunge.data.sources import as_data
 from expunge.data.split import split
 from expunge.data.tables import Loaded
 from expunge.registry import did_you_mean
-from expunge.run import Outcome, check_folder, check_request, load_weights, save_weights, unlearn
+from expunge.run import check_request, load_weights
 from expunge.spec import DataSection, RunSpec
 
 _NAMED = re.compile(r"^\s*(\w+)\s*(==|!=)\s*[\"']?(.*?)[\"']?\s*$")
@@ -72,26 +71,44 @@ def load(spec: RunSpec) -> Workload:
 
 
 def _from_suite(suite: builtin.Suite) -> Workload:
-    return Workload(suite.train, suite.task, lambda seed: suite.fit(seed=seed), suite.test, None, suite.make, suite.recipe)
+    return Workload(
+        suite.train, suite.task, lambda seed: suite.fit(seed=seed), suite.test, None, suite.make, suite.recipe
+    )
 
 
 def _from_files(spec: RunSpec) -> Workload:
     section, model = spec.data, spec.model
     train = _read(section, section.train)
-    others = {name: _read(section, path, like=train) for name in ("test", "valid") if (path := getattr(section, name)) is not None}
+    given = {"test": section.test, "valid": section.valid}
+    others = {name: _read(section, path, like=train) for name, path in given.items() if path is not None}
     if model.weights is None or model.python is None:
         raise Refused("data from files needs [model] weights and python")
     build, weights = function(model.python), model.weights
     data = {name: loaded.data for name, loaded in others.items()}
-    return Workload(train.data, _task(section, train, *others.values()),
-                    lambda seed: load_weights(_network(build, seed), weights).eval(), data.get("test"), data.get("valid"),
-                    build, None, train.classes, train.columns)
+    return Workload(
+        train.data,
+        _task(section, train, *others.values()),
+        lambda seed: load_weights(_network(build, seed), weights).eval(),
+        data.get("test"),
+        data.get("valid"),
+        build,
+        None,
+        train.classes,
+        train.columns,
+    )
 
 
 def _read(section: DataSection, path: str | None, like: Loaded | None = None) -> Loaded:
     target = "number" if section.task == "regression" else "class"
-    return read(path or "", label=section.label, target=target, categories=section.categories, ids=section.ids,  # type: ignore[arg-type]
-                drop=section.drop, like=like)
+    return read(
+        path or "",
+        label=section.label,
+        target=target,
+        categories=section.categories,
+        ids=section.ids,  # type: ignore[arg-type]
+        drop=section.drop,
+        like=like,
+    )
 
 
 def _task(section: DataSection, *parts: Loaded) -> Task:
@@ -150,10 +167,15 @@ def _calling(file: Path, call: Callable[[], Any]) -> Any:
     except Refused:
         raise
     except Exception as error:  # whatever the user's own code raises
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+        own = file.resolve()
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == own
+        ]
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (lines[-1] if lines else None)
         said = (str(error).splitlines() or [""])[0]
-        raise Refused(f"{file} failed{f' at line {line}' if line else ''} with {type(error).__name__}: {said}") from error
+        raise Refused(
+            f"{file} failed{f' at line {line}' if line else ''} with {type(error).__name__}: {said}"
+        ) from error
 
 
 def from_function(reference: str) -> Workload:
@@ -163,20 +185,34 @@ def from_function(reference: str) -> Workload:
     """
     found = function(reference)()
     known = ("model", "train", "task", "test", "valid", "make", "names")
-    parts = dict(found) if isinstance(found, Mapping) else {name: getattr(found, name) for name in known if hasattr(found, name)}
+    named = {name: getattr(found, name) for name in known if hasattr(found, name)}
+    parts: dict[str, Any] = dict(found) if isinstance(found, Mapping) else named
     for name in parts:
         if name not in known:
             raise Refused(f"{reference} returned {name!r}{did_you_mean(str(name), known)}; expected {', '.join(known)}")
     for name, kind in (("model", nn.Module), ("train", object), ("task", Task)):
-        if not isinstance(parts.get(name), kind) or parts.get(name) is None:
-            raise Refused(f"{reference} returned {'no ' + name if parts.get(name) is None else 'a ' + type(parts[name]).__name__ + ' as ' + name}: "
-                          f"expected model (a torch.nn.Module), train (data) and task (such as expunge.Classification(10))")
+        value = parts.get(name)
+        if value is None or not isinstance(value, kind):
+            what = f"no {name}" if value is None else f"a {type(value).__name__} as {name}"
+            raise Refused(
+                f"{reference} returned {what}: "
+                f"expected model (a torch.nn.Module), train (data) and task (such as expunge.Classification(10))"
+            )
     model, make = parts["model"], parts.get("make")
     if make is not None and not callable(make):
-        raise Refused(f"{reference} returned a {type(make).__name__} as make: expected a function that builds a fresh network")
+        raise Refused(
+            f"{reference} returned a {type(make).__name__} as make: expected a function that builds a fresh network"
+        )
     data = {name: None if parts.get(name) is None else as_data(parts[name]) for name in ("test", "valid")}
-    return Workload(as_data(parts["train"]), parts["task"], lambda seed: model, data["test"], data["valid"], make,
-                    names=tuple(parts.get("names") or ()))
+    return Workload(
+        as_data(parts["train"]),
+        parts["task"],
+        lambda seed: model,
+        data["test"],
+        data["valid"],
+        make,
+        names=tuple(parts.get("names") or ()),
+    )
 
 
 def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence[int] | None = None) -> Request:
@@ -206,5 +242,7 @@ def _class_number(condition: str, names: Sequence[str]) -> str:
     if match is None or not names or match[3] in ("", *(str(number) for number in range(len(names)))):
         return condition
     if match[3] not in names and match[1] in ("label", "y"):
-        raise Refused(f"no class is called {match[3]!r}{did_you_mean(match[3], names)}; there are {', '.join(names[:20])}")
+        raise Refused(
+            f"no class is called {match[3]!r}{did_you_mean(match[3], names)}; there are {', '.join(names[:20])}"
+        )
     return f"label {match[2]} {names.index(match[3])}" if match[3] in names else condition

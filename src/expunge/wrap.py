@@ -33,8 +33,8 @@ class LoRA:
     Args:
         rank: of the change of each weight, >= 1.
         alpha: scale of the change, > 0; the factor is alpha / rank.
-        targets: names or shell-style patterns of layers, matched against the whole name or its end ("q_proj"). By default
-            every linear and convolution layer whose weight is in scope and is used in one place only.
+        targets: names or shell-style patterns of layers, matched against the whole name or its end ("q_proj"). By
+            default every linear and convolution layer whose weight is in scope and is used in one place only.
 
     Raises:
         Refused: for a rank or scale out of range.
@@ -51,20 +51,31 @@ class LoRA:
             raise Refused(f"LoRA: alpha must be a positive number, found {self.alpha}")
 
     def layers(self, model: nn.Module, scope: Scope) -> dict[str, Any]:
-        """name -> layer to adapt. A tied or shared weight is left out: its adapter would act in one of its places only."""
+        """name -> layer to adapt. A tied or shared weight is left out: its adapter would act in one place only."""
         places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        able = {name: layer for name, layer in model.named_modules()
-                if name and _adaptable(layer) and places[id(layer.weight)] == 1 and f"{name}.weight" in scope}
+        able = {
+            name: layer
+            for name, layer in model.named_modules()
+            if name and _adaptable(layer) and places[id(layer.weight)] == 1 and f"{name}.weight" in scope
+        }
         found = dict(able) if not self.targets else {}
         for pattern in self.targets:
-            hits = {n: layer for n, layer in able.items() if any(fnmatch.fnmatchcase(n, p) for p in (pattern, f"*.{pattern}"))}
+            hits = {
+                n: layer
+                for n, layer in able.items()
+                if any(fnmatch.fnmatchcase(n, p) for p in (pattern, f"*.{pattern}"))
+            }
             if not hits:
-                raise Refused(f"LoRA target {pattern!r} matches no linear or convolution layer in scope that is used in one place "
-                              f"only{did_you_mean(pattern, able)}; there are {', '.join(list(able)[:5]) or 'none'}")
+                raise Refused(
+                    f"LoRA target {pattern!r} matches no linear or convolution layer in scope that is used in one "
+                    f"place only{did_you_mean(pattern, able)}; there are {', '.join(list(able)[:5]) or 'none'}"
+                )
             found.update(hits)
         if not found:
-            raise Refused("the model has no linear or convolution layer in scope that is used in one place only: an adapter has "
-                          "nothing to attach to")
+            raise Refused(
+                "the model has no linear or convolution layer in scope that is used in one place only: an adapter has "
+                "nothing to attach to"
+            )
         return found
 
 
@@ -72,7 +83,9 @@ def _adaptable(layer: Any) -> bool:
     """Exact types: a subclass may use its weight in a way of its own, as the output of MultiheadAttention does."""
     if type(layer) is nn.Conv2d:
         return layer.groups == 1
-    return type(layer) is nn.Linear or (type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers"))
+    return type(layer) is nn.Linear or (
+        type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers")
+    )
 
 
 def in_adapter(adapter: LoRA, inner: Stage) -> InAdapter:
@@ -111,12 +124,16 @@ class InAdapter:
         with _attached(self.adapter, case, key.at("adapter")) as layers:
             off = AdapterOff(case.model, tuple(layers.values()))
             if "original" not in case.teachers and case.meter.forward:
-                case.meter.note("the teacher 'original' inside the adapter is the model as earlier stages left it: copy=False "
-                                "kept no other")
+                case.meter.note(
+                    "the teacher 'original' inside the adapter is the model as earlier stages left it: copy=False "
+                    "kept no other"
+                )
             teachers = {"original": off, **case.teachers}
             done = self.inner(replace(case, scope=_adapter_scope(case.model, layers), teachers=teachers, rng=rng))
             if done.model is not case.model:
-                raise Refused("a stage inside in_adapter replaced the model: the adapter cannot be merged; put that stage outside")
+                raise Refused(
+                    "a stage inside in_adapter replaced the model: the adapter cannot be merged; put that stage outside"
+                )
             merged = {f"{name}.weight": _merged(layer) for name, layer in layers.items()}
         kept = {name: teacher for name, teacher in done.teachers.items() if teacher is not off}
         return edit(replace(done, scope=case.scope, teachers=kept), merged)
@@ -145,15 +162,20 @@ class AdapterOff:
 
 @contextlib.contextmanager
 def _attached(adapter: LoRA, case: Case, key: Key) -> Iterator[dict[str, Any]]:
-    """name -> peft's layer, in place of the model's own; structure, attributes and flags are restored on the way out."""
+    """name -> peft's layer, in place of the model's own; structure, attributes and flags are restored."""
     peft = need_extra("peft", "llm", "in_adapter")
     model = case.model
     if hasattr(model, "peft_config"):
         raise Refused("the model has adapters already: merge or remove them before in_adapter")
     own = adapter.layers(model, case.scope)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    config = peft.LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=0.0, bias="none",
-                             target_modules="|".join(re.escape(name) for name in own))
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules="|".join(re.escape(name) for name in own),
+    )
     device = runtime.device_of(model)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
@@ -222,9 +244,9 @@ class WithInputVector:
     """Freeze the weights, add one learnable vector to the model's input, and run a stage on that vector alone.
 
     The forget vector of arXiv:2412.16780: ``with_input_vector(Descend(forget=Margin(), retain=NLL(),
-    others={"size": Norm()}, steps=100))``. The Case that comes back has an ``InputVector`` for its model, whose weights,
-    at ``model.*``, are those of the caller to the bit, and the outer scope under these names. It does not promise
-    erasure: whoever holds the weights can leave the vector out.
+    others={"size": Norm()}, steps=100))``. The Case that comes back has an ``InputVector`` for its model, whose
+    weights, at ``model.*``, are those of the caller to the bit, and the outer scope under these names. It does not
+    promise erasure: whoever holds the weights can leave the vector out.
 
     With ``copy=False`` the teacher "original" inside is the model without the vector.
 
@@ -245,11 +267,21 @@ class WithInputVector:
         wrapped = InputVector(plain, _input_shape(case) if self.shape is None else self.shape)
         names = tuple(f"model.{name}" for name in case.scope.universe)
         without = _Without(plain)
-        done = self.inner(replace(case, model=wrapped, scope=Scope({"vector": True}, ("vector", *names)),
-                                  teachers={"original": without, **case.teachers}))
+        done = self.inner(
+            replace(
+                case,
+                model=wrapped,
+                scope=Scope({"vector": True}, ("vector", *names)),
+                teachers={"original": without, **case.teachers},
+            )
+        )
         kept = {name: teacher for name, teacher in done.teachers.items() if teacher is not without}
         outer = Scope({f"model.{name}": mask for name, mask in case.scope.masks.items()}, names)
         return replace(done, scope=outer, teachers=kept)
+
+    def rebuilt(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The structure that this bracket leaves `model` in, for saved `weights` to be read into."""
+        return InputVector(model, tuple(weights["vector"].shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +316,9 @@ class InputVector(nn.Module):
             return self.model(args[0] + self.vector, *args[1:], **kwargs)
         name = next((n for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
         if args or name is None:
-            raise Refused("an input vector needs a floating input to be added to: this model's input is none (token ids?)")
+            raise Refused(
+                "an input vector needs a floating input to be added to: this model's input is none (token ids?)"
+            )
         return self.model(**{**kwargs, name: kwargs[name] + self.vector})
 
 
@@ -293,6 +327,8 @@ def _input_shape(case: Case) -> tuple[int, ...]:
     column = getattr(case.task, "inputs", None)
     value = data.batch(torch.arange(1)).get(column) if data is not None and column is not None else None
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise Refused(f"with_input_vector cannot tell the shape of the input of task {case.task.name!r}: expected one column with a "
-                      f"floating tensor; give shape=(...)")
+        raise Refused(
+            f"with_input_vector cannot tell the shape of the input of task {case.task.name!r}: expected one column "
+            f"with a floating tensor; give shape=(...)"
+        )
     return tuple(value.shape[1:])

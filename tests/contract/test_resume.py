@@ -30,6 +30,7 @@ from expunge.objectives import NLL, Distill, RandomLabel, SimNPO
 from expunge.optim import SGD, Adam, AdamW, Cosine
 from expunge.run import Outcome
 from expunge.saliency import Saliency
+from expunge.version import revision
 
 TASK = Classification(classes=3)
 
@@ -68,7 +69,7 @@ def noise(case: Case) -> Case:
 
 def surgery(case: Case) -> Case:
     """A plain function with two Descends in it and a draw between them."""
-    first = Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=Adam(0.01), steps=3, batch=6, guard=Guard(checks=2))
+    first = Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=Adam(0.01), steps=2, batch=6, guard=Guard(checks=2))
     case = first(case)
     key, rng = case.rng.take()
     case = replace(case, rng=rng)
@@ -95,10 +96,10 @@ def narrow(case: Case) -> Case:
 
 
 def long_chain() -> Stage:
-    live = Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9, 0.01), steps=4, batch=8, norm_stats="live", schedule=Cosine())
+    live = Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9, 0.01), steps=3, batch=8, norm_stats="live", schedule=Cosine())
     turns = Alternate((Turn(("forget",), 1), Turn(("retain",), 2)))
     return chain(Saliency(0.5), live, chain(noise, surgery),
-                 Descend(RandomLabel(), Distill("noisy"), combine=turns, optimizer=AdamW(0.01, weight_decay=0.1), steps=4, batch=5))
+                 Descend(RandomLabel(), Distill("noisy"), combine=turns, optimizer=AdamW(0.01, weight_decay=0.1), steps=3, batch=5))
 
 
 def structural_chain() -> Stage:
@@ -294,8 +295,8 @@ def test_round_trip_of_a_nest() -> None:
 
 def killed_run(folder: Path, out: Path) -> None:
     """The work of one child process."""
-    stage = chain(Saliency(0.5), Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9), steps=40, batch=8),
-                  Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=AdamW(0.01), steps=40, batch=8))
+    stage = chain(Saliency(0.5), Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9), steps=15, batch=8),
+                  Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=AdamW(0.01), steps=15, batch=8))
     done = unlearn(model(64), request(), task=TASK, method=stage, seed=5, out=out, every=0.0)
     journal.save_tree(folder / f"{out.name}.result", {n: p.detach() for n, p in done.model.named_parameters()})
 
@@ -318,14 +319,16 @@ def kill_twenty_times(folder: Path, seed: int) -> None:
     """Twenty runs, each killed at a random moment and started again; what was seen goes to a file."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
+    revision()  # asked once, for all children
+    killed_run(folder, folder / "undisturbed")  # here, so that everything is imported before a child is made
     started = time.monotonic()
-    os.waitpid(child(lambda: killed_run(folder, folder / "undisturbed")), 0)
+    os.waitpid(child(lambda: killed_run(folder, folder / "timed")), 0)
     length = time.monotonic() - started
     seen: dict[str, Any] = {"length": length, "killed": 0, "leftovers": 0, "statuses": [], "files": 0}
     for number in range(20):
         out = folder / f"run{number}"
         process = child(lambda out=out: killed_run(folder, out))  # type: ignore[misc]
-        time.sleep(length * (0.05 + 0.9 * draw.random()))
+        time.sleep(length * (0.05 + 0.8 * draw.random()))
         os.kill(process, signal.SIGKILL)
         seen["killed"] += os.WIFSIGNALED(os.waitpid(process, 0)[1])
         seen["leftovers"] += len(list(out.rglob(".*.tmp")))

@@ -6,7 +6,7 @@ the same distance of every retrained model to the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -22,16 +22,16 @@ def average_gap(subject: Subject) -> Reading | None:
 
     gap = mean over metrics of |metric(model) - mean over retrained of metric|, the AUC times 100; losses, where a task
     has no labels, are in percent of the loss of knowing nothing. The interval resamples the retrained models, then the
-    examples (the same for every model). With few retrained models it is too narrow. The reference is the floor: each
+    examples (the same for every model); with few retrained models it is too narrow. The reference is the floor: each
     retrained model against the others. A gap within the floor does not prove that anything was forgotten.
     """
-    return _gap_reading(subject, "average_gap", subject.retrained, _against_mean)
+    return _gap_reading(subject, "average_gap", each=False)
 
 
 @measure
 def average_gap_each(subject: Subject) -> Reading | None:
     """The same distance from each retrained model on its own, averaged afterwards: signs do not cancel between them."""
-    return _gap_reading(subject, "average_gap_each", subject.retrained, _against_each)
+    return _gap_reading(subject, "average_gap_each", each=True)
 
 
 @measure
@@ -81,21 +81,36 @@ def difference(subject: Subject, name: str) -> tuple[float, float, float] | None
     return float(value), *intervals.percentile(samples)
 
 
-def floor(subject: Subject, against: Callable[..., np.ndarray] | None = None) -> tuple[float, float, float] | None:
-    """The average gap of each retrained model to the others: mean, and its interval. None with fewer than two."""
+@dataclass(frozen=True)
+class Floor:
+    """How far retrained models are from each other: value with its interval, and the limit for one more of them."""
+
+    value: float
+    low: float
+    high: float
+    limit: float
+
+
+def floor(subject: Subject, each: bool = False) -> Floor | None:
+    """The average gap of each retrained model to the others, averaged. None with fewer than two retrained models.
+
+    The limit is the upper end of the resampled floor, or the largest gap of a retrained model where that is larger.
+    """
     count = len(subject.retrained)
     if count < 2:
         return None
-    against = _against_mean if against is None else against
-    values, samples = [], []
-    for number in range(count):
-        held = subject.held_out(number)
-        value, drawn = _gap(held, held.retrained, against)
-        values.append(value)
-        samples.append(drawn)
-    mixed = (np.stack(samples, axis=1) * _picks(subject, count)).sum(1)
-    low, high = intervals.distance_interval(float(np.mean(values)), mixed)
-    return float(np.mean(values)), low, max(high, max(values))
+    gaps = [_gap(subject.held_out(number), each) for number in range(count)]
+    values, picks = np.array([gap.value for gap in gaps]), _picks(subject, count)
+    samples = (np.stack([gap.samples for gap in gaps], axis=1) * picks).sum(1)
+    noise = (np.stack([gap.noise for gap in gaps], axis=1) * picks).sum(1) + np.abs((picks - 1 / count) @ values)
+    low, high = intervals.distance_interval(float(values.mean()), noise)
+    return Floor(float(values.mean()), low, high, max(intervals.percentile(samples)[1], float(values.max())))
+
+
+def chance(subject: Subject) -> float:
+    """Absolute loss per unit of knowing nothing: the scale on which losses become points."""
+    batch = next(iter(subject.request.data("forget").batches(subject.batch)))
+    return max(abs(float(subject.task.chance(batch))), 1e-12)
 
 
 def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -115,31 +130,24 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def _point(subject: Subject, model: nn.Module, name: str) -> float:
     if name == "membership_auc":
         found = subject.outputs("forget", model).membership
-        return 100 * intervals.auc(found, subject.unseen(model).membership)
+        return 100 * intervals.auc(found, subject.outputs("test", model).membership)
     outputs = subject.outputs(name.split("_")[0], model)
     if outputs.correct is not None:
         return 100 * float(outputs.correct.mean())
-    return 100 * float(np.average(outputs.loss, weights=outputs.units)) / _chance(subject)
+    return 100 * float(np.average(outputs.loss, weights=outputs.units)) / chance(subject)
 
 
 def _samples(subject: Subject, model: nn.Module, name: str) -> np.ndarray:
     key = subject.key.at("resample")
     if name == "membership_auc":
-        unseen = "test_forgotten" if subject.has("test_forgotten") else "test"
-        return 100 * intervals.resampled_auc(subject.outputs("forget", model).membership, subject.outputs(unseen, model).membership,
-                                             subject.draws, (key.at("forget"), key.at(unseen)))
+        return 100 * intervals.resampled_auc(subject.outputs("forget", model).membership, subject.outputs("test", model).membership,
+                                             subject.draws, (key.at("forget"), key.at("test")))
     data = name.split("_")[0]
     outputs = subject.outputs(data, model)
     if outputs.correct is not None:
         return 100 * intervals.resampled_mean(outputs.correct, subject.draws, key.at(data))
-    return 100 / _chance(subject) * intervals.resampled_ratio(outputs.loss * outputs.units, outputs.units, subject.draws,
+    return 100 / chance(subject) * intervals.resampled_ratio(outputs.loss * outputs.units, outputs.units, subject.draws,
                                                               key.at(data))
-
-
-def _chance(subject: Subject) -> float:
-    """Absolute loss per unit of knowing nothing: the scale on which losses become points."""
-    batch = next(iter(subject.request.data("forget").batches(subject.batch)))
-    return max(abs(float(subject.task.chance(batch))), 1e-12)
 
 
 def _picks(subject: Subject, count: int) -> np.ndarray:
@@ -148,39 +156,46 @@ def _picks(subject: Subject, count: int) -> np.ndarray:
     return np.stack([(drawn == number).mean(1) for number in range(count)], axis=1)
 
 
-def _against_mean(mine: np.ndarray, theirs: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    """[draws]: mine [draws, metrics] from the picked mean of theirs [draws, models, metrics]."""
-    return np.abs(mine - (theirs * picks[:, :, None]).sum(1)).mean(1)
+@dataclass(frozen=True)
+class _Gap:
+    """A gap, its resampled values [draws], and the resampled size of its errors [draws]."""
+
+    value: float
+    samples: np.ndarray
+    noise: np.ndarray
 
 
-def _against_each(mine: np.ndarray, theirs: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    """[draws]: the picked mean of the distances from each."""
-    return (np.abs(mine[:, None] - theirs).mean(2) * picks).sum(1)
+def _gap(subject: Subject, each: bool) -> _Gap:
+    """From the mean of the retrained models, or from each of them and then averaged."""
+    count = len(subject.retrained)
+    picks, even = _picks(subject, count), np.full((1, count), 1 / count)
+    mine, theirs = points(subject, subject.after)[None], np.stack([points(subject, m) for m in subject.retrained])[None]
+    drawn, theirs_drawn = resampled(subject, subject.after), np.stack([resampled(subject, m) for m in subject.retrained], axis=1)
+    if each:
+        seen, again = mine[:, None] - theirs, drawn[:, None] - theirs_drawn
+    else:
+        seen = (mine - (theirs * even[:, :, None]).sum(1))[:, None]
+        again = (drawn - (theirs_drawn * picks[:, :, None]).sum(1))[:, None]
+        picks, even = np.ones((len(picks), 1)), np.ones((1, 1))
+    sizes = np.abs(seen).mean(2)[0]
+    noise = (np.abs(again - seen).mean(2) * picks).sum(1) + np.abs((picks - even) @ sizes)
+    return _Gap(float((even @ sizes)[0]), (np.abs(again).mean(2) * picks).sum(1), noise)
 
 
-def _gap(subject: Subject, retrained: tuple[nn.Module, ...], against: Callable[..., np.ndarray]) -> tuple[float, np.ndarray]:
-    even = np.full((1, len(retrained)), 1 / len(retrained))
-    value = against(points(subject, subject.after)[None], np.stack([points(subject, m) for m in retrained])[None], even)
-    drawn = against(resampled(subject, subject.after), np.stack([resampled(subject, m) for m in retrained], axis=1),
-                    _picks(subject, len(retrained)))
-    return float(value[0]), drawn
-
-
-def _gap_reading(subject: Subject, name: str, retrained: tuple[nn.Module, ...],
-                 against: Callable[..., np.ndarray]) -> Reading | None:
-    if not retrained:
+def _gap_reading(subject: Subject, name: str, each: bool) -> Reading | None:
+    count = len(subject.retrained)
+    if count == 0:
         return None
-    value, samples = _gap(subject, retrained, against)
-    low, high = intervals.distance_interval(value, samples)
-    parts = zip(metrics(subject), points(subject, subject.after), np.mean([points(subject, m) for m in retrained], axis=0),
-                strict=True)
-    detail = {part: float(mine - target) for part, mine, target in parts}
-    level = floor(subject, against)
+    gap = _gap(subject, each)
+    low, high = intervals.distance_interval(gap.value, gap.noise)
+    signed = points(subject, subject.after) - np.mean([points(subject, m) for m in subject.retrained], axis=0)
+    detail = {part: float(value) for part, value in zip(metrics(subject), signed, strict=True)}
+    level = floor(subject, each)
     if level is None:
-        return Reading(name, value, low, high, len(retrained), "points", "lower", detail=detail)
-    verdict = "within" if value <= level[2] else "outside"
-    return Reading(name, value, low, high, len(retrained), "points", "lower", (level[1], level[2]), verdict,
-                   {**detail, "floor": level[0]})
+        return Reading(name, gap.value, low, high, count, "points", "lower", detail=detail)
+    verdict = "within" if gap.value <= level.limit else "outside"
+    return Reading(name, gap.value, low, high, count, "points", "lower", (0.0, level.limit), verdict,
+                   {**detail, "floor": level.value})
 
 
 def _distances(subject: Subject, data: str) -> np.ndarray:

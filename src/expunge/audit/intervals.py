@@ -59,12 +59,20 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return float(sample.mean() - half), float(sample.mean() + half)
 
 
-def next_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """Where one more value of the same kind is expected: mean -+ t s sqrt(1 + 1/n), for normal values, n >= 2."""
+def next_interval(values: ArrayLike, level: float = 0.95, prior: float | None = None) -> Interval:
+    """Where one more value of the same kind is expected: mean -+ t s sqrt(1 + 1/n), for normal values, n >= 2.
+
+    Args:
+        values: [n]. level: in (0, 1).
+        prior: a variance known from elsewhere, which counts as one more degree of freedom.
+    """
     sample = np.asarray(values, dtype=np.float64)
     if len(sample) < 2:
         return -math.inf, math.inf
-    half = float(stats.t.ppf(0.5 + level / 2, len(sample) - 1)) * sample.std(ddof=1) * math.sqrt(1 + 1 / len(sample))
+    degrees, variance = len(sample) - 1, sample.var(ddof=1)
+    if prior is not None:
+        degrees, variance = degrees + 1, (degrees * variance + prior) / (degrees + 1)
+    half = float(stats.t.ppf(0.5 + level / 2, degrees)) * math.sqrt(variance * (1 + 1 / len(sample)))
     return float(sample.mean() - half), float(sample.mean() + half)
 
 
@@ -150,11 +158,14 @@ def percentile(samples: ArrayLike, level: float = 0.95) -> Interval:
     return float(low), float(high)
 
 
-def distance_interval(value: float, samples: ArrayLike, level: float = 0.95) -> Interval:
-    """Interval of a quantity made of absolute differences, which chance only ever makes larger.
+def distance_interval(value: float, noise: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of a mean of absolute differences, which chance only ever makes larger: value -+ a quantile of the noise.
 
-    Resampling adds that bias once more, so the percentile interval of a true 0 never holds 0. The upper end is the
-    percentile's; the lower end is reflected (2 value - upper), not below 0. It covers at least as often as it says.
+    Resampling adds that bias once more, so that a percentile interval of a true 0 never holds 0. By the triangle
+    inequality |mean |d| - mean |truth|| <= mean |d - truth|, so this one covers at least as often as it says.
+
+    Args:
+        value: mean of |d|. noise: [draws] mean of |resampled d - d|. level: in (0, 1).
     """
-    high = max(value, percentile(samples, level)[1])
-    return max(0.0, 2 * value - high), high
+    half = float(np.quantile(np.asarray(noise, np.float64), level))
+    return max(0.0, value - half), value + half

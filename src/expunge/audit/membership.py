@@ -21,15 +21,30 @@ REPEATS = 20
 def membership_auc(subject: Subject) -> Reading | None:
     """Area under the ROC curve of forget against test examples, by confidence in the true answer; DeLong interval.
 
-    Above 0.5 the forget examples look like training data, below it like nothing the model ever saw.
+    Above 0.5 the forget examples look like training data, below it like nothing the model ever saw. Where whole classes
+    are forgotten the test data are without them, as in the field's tables, and a retrained model stands near 0:
+    ``membership_auc_same_class`` is then the harder question.
     """
     if not subject.has("test"):
         return None
-    forget, unseen = subject.outputs("forget").membership, subject.unseen().membership
+    forget, unseen = subject.outputs("forget").membership, subject.outputs("test").membership
     value = intervals.auc(forget, unseen)
     low, high = intervals.auc_interval(forget, unseen)
     return Reading("membership_auc", value, low, high, len(forget) + len(unseen),
                    detail={"two_sided": max(value, 1 - value)})
+
+
+@measure
+def membership_auc_same_class(subject: Subject) -> Reading | None:
+    """Where whole classes are forgotten: the same against unseen examples of those classes; None otherwise.
+
+    A model that suppresses the records it was given more than it forgets their class falls below 0.5 here.
+    """
+    if not subject.has("test_forgotten"):
+        return None
+    forget, unseen = subject.outputs("forget").membership, subject.outputs("test_forgotten").membership
+    low, high = intervals.auc_interval(forget, unseen)
+    return Reading("membership_auc_same_class", intervals.auc(forget, unseen), low, high, len(forget) + len(unseen))
 
 
 @measure

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from expunge.audit import intervals, judge
-from expunge.audit.distance import floor
+from expunge.audit.distance import chance, floor
 from expunge.audit.subject import Reading, Subject, plain
 from expunge.core import Data, Key, Refused, Request, Task
 from expunge.journal import write_bytes
@@ -204,7 +204,7 @@ def _held_out(subject: Subject) -> Row | None:
     readings = {name: _pooled([readings[name] for readings in each if name in readings]) for name in each[0]}
     level = floor(subject)
     if level is not None and "average_gap" in readings:
-        readings["average_gap"] = replace(readings["average_gap"], value=level[0], low=level[1], high=level[2])
+        readings["average_gap"] = replace(readings["average_gap"], value=level.value, low=level.low, high=level.high)
     flagged = sum(any(r.verdict in judge.FAILURES for r in readings.values()) for readings in each)
     verdict = "" if count < 2 else f"{flagged} of {count} flagged" if flagged else "within the retrained spread"
     record = dict(subject.retrain_records[0]) if subject.retrain_records else {}
@@ -213,11 +213,12 @@ def _held_out(subject: Subject) -> Row | None:
 
 
 def _pooled(readings: Sequence[Reading]) -> Reading:
-    """The mean over retrained models, with Student's interval over them (their own for a single one)."""
+    """The mean over retrained models. Its interval holds Student's over the models and their mean own one over examples."""
     if len(readings) == 1:
         return readings[0]
     values = [reading.value for reading in readings]
     low, high = intervals.t_interval(values)
+    low, high = min(low, float(np.mean([r.low for r in readings]))), max(high, float(np.mean([r.high for r in readings])))
     first = readings[0]
     if first.unit == "%" or "auc" in first.name:
         low, high = max(0.0, low), min(100.0 if first.unit == "%" else 1.0, high)
@@ -244,8 +245,8 @@ def _notes(subject: Subject, do_nothing: Row, held: Row | None) -> Iterable[str]
     if not subject.has("test"):
         yield "No test data was given: test accuracy and membership are missing, and the average gap is over fewer metrics."
     if subject.has("test") and subject.forgotten_classes() and not subject.has("test_forgotten"):
-        yield ("The test data has no example of the forgotten classes: membership compares with the other classes, which "
-               "makes even a retrained model easy to attack.")
+        yield ("The test data has no example of the forgotten classes: whether the records are told from others of their "
+               "class cannot be measured.")
     if held is not None and "flagged" in held.verdict:
         yield (f"Of the held-out retrained models {held.verdict.removesuffix(' flagged')} would have been called a failure by "
                f"the rule that judges the methods: read single verdicts with care.")
@@ -256,7 +257,7 @@ def _facts(subject: Subject) -> dict[str, Any]:
     gone = subject.forgotten_classes()
     names = [subject.names[label] if label < len(subject.names) else str(label) for label in gone]
     return {"task": subject.task.name, "unit": subject.task.unit, "examples": sizes, "retrained": len(subject.retrained),
-            "forgotten_classes": names, "key": subject.key.seed, "draws": subject.draws, "revision": revision()}
+            "forgotten_classes": names, "chance": plain(chance(subject)), "key": subject.key.seed, "draws": subject.draws, "revision": revision()}
 
 
 def _summary(subject: Subject, rows: Sequence[Row], facts: Mapping[str, Any]) -> str:

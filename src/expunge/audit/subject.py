@@ -219,9 +219,14 @@ def run(model: nn.Module, task: Task, data: Data, size: int, key: Key) -> Output
         torch.manual_seed(key.seed)
         for number, batch in enumerate(data.batches(size)):
             batch = task.prepare(runtime.to_device(batch, device), key.at("prepare", number))
-            parts.append(_classified(model, task, batch) if hasattr(task, "classes") else _measured(model, task, batch))
+            parts.append(_classified(model, task, batch) if classifies(task) else _measured(model, task, batch))
     columns = [[part[i] for part in parts] for i in range(len(parts[0]))]
     return Outputs(*(np.concatenate(column) for column in columns))
+
+
+def classifies(task: Task) -> bool:
+    """Whether a task has one label per example and logits over classes."""
+    return all(hasattr(task, name) for name in ("classes", "labels", "logits"))
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from expunge.audit.subject import Reading
 
 MAIN = ("average_gap", "forget_accuracy", "retain_accuracy", "test_accuracy", "forget_loss", "retain_loss", "test_loss",
-        "membership_auc", "seconds", "backward_rows")
+        "membership_auc", "membership_auc_same_class", "seconds", "backward_rows")
 
 
 def table(report: Report, names: tuple[str, ...] = MAIN) -> Table:
@@ -23,7 +23,7 @@ def table(report: Report, names: tuple[str, ...] = MAIN) -> Table:
     from rich.text import Text
 
     columns = [name for name in words.ordered(report.rows) if name in names]
-    made = Table(title=Text(report.title), caption=Text("value, 95 % interval below; retrain: each held out in turn"))
+    made = Table(title=Text(report.title), caption=Text("value, 95% interval below; retrain: each held out in turn"))
     made.add_column("model", no_wrap=True)
     for name in columns:
         unit = next(row.readings[name].unit for row in report.rows if name in row.readings)

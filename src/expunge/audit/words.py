@@ -15,17 +15,18 @@ TITLES = {
     "average_gap": "Gap to retraining", "average_gap_each": "Gap to each retrained model",
     "forget_accuracy": "Forget accuracy", "retain_accuracy": "Retain accuracy", "test_accuracy": "Test accuracy",
     "forgotten_class_accuracy": "Test accuracy, forgotten class", "forget_loss": "Forget loss", "retain_loss": "Retain loss",
-    "test_loss": "Test loss", "membership_auc": "Membership AUC", "membership_auc_two_sided": "Membership AUC, two-sided",
+    "test_loss": "Test loss", "membership_auc": "Membership AUC", "membership_auc_same_class": "Membership AUC, same class",
+    "membership_auc_two_sided": "Membership AUC, two-sided",
     "attack_confidence": "Called unseen, by confidence", "attack_entropy": "Called unseen, by entropy",
     "forget_output_distance": "Output distance, forget", "test_output_distance": "Output distance, test",
-    "seconds": "Time", "forward_rows": "Rows forward", "backward_rows": "Rows backward",
+    "seconds": "Time", "forward_rows": "Forward passes", "backward_rows": "Backward passes",
 }
 """Column headings, in the order of columns; a measure that is not here comes after them under its own name."""
 
 PROMISES = (
     "That a reading lies where retrained models lie shows that this measure does not tell them apart. It does not prove that "
     "the examples left no trace: a stronger attack may find one.",
-    "Each interval covers 95 %, one reading at a time. In a table of many readings some leave their reference by chance.",
+    "Each interval covers 95%, one reading at a time. In a table of many readings some leave their reference by chance.",
     "The reference is only as good as the retrained models: same recipe, other seeds, none of the forget examples.",
     "Membership is measured with one threshold for all examples. It says little about the single most exposed example.",
 )
@@ -48,6 +49,8 @@ def number(value: float, unit: str = "") -> str:
         return "–"
     if unit == "rows":
         return f"{value:,.0f}"
+    if unit == "s" and 0 < abs(value) < 1:
+        return f"{value:.2g}"
     if unit in ("%", "points", "s"):
         return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
@@ -111,7 +114,7 @@ def _target(original: Row, retrain: Row) -> list[str]:
 def _said(verdict: str, names: Sequence[str]) -> str:
     who, many = listing(list(names)), len(names) > 1
     phrases = {"under-forgot": "forgot too little", "over-forgot": "forgot too much, which gives the forgotten examples away as well",
-               "lost": "lost accuracy on what was to be kept"}
+               "lost utility": "{} less right than retrained models on other data"}
     if verdict == "within the retrained spread":
         return f"{who} {'end' if many else 'ends'} within the spread of retrained models."
     if verdict.startswith("further"):
@@ -119,5 +122,5 @@ def _said(verdict: str, names: Sequence[str]) -> str:
                 f"single failure to name.")
     if verdict == "not judged":
         return f"{who} could not be judged."
-    parts = [phrases[word] for word in verdict.split(", ") if word in phrases]
+    parts = [phrases[word].format("are" if many else "is") for word in verdict.split(", ") if word in phrases]
     return f"{who} {listing(parts)}." if parts else ""

@@ -70,8 +70,18 @@ def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
-def train(make: Callable[[], nn.Module], data: Data, task: Task, seed: int = 0, *, epochs: float = 20, lr: float = 0.05,
-          momentum: float = 0.9, weight_decay: float = 5e-4, batch: int = 64) -> nn.Module:
+def train(
+    make: Callable[[], nn.Module],
+    data: Data,
+    task: Task,
+    seed: int = 0,
+    *,
+    epochs: float = 20,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    batch: int = 64,
+) -> nn.Module:
     """Train a fresh network: ``Descend(retain=NLL())`` on all its parameters, in train mode.
 
     The same arguments give the same bits on the same machine; the global random state is untouched. It does not promise
@@ -87,13 +97,20 @@ def train(make: Callable[[], nn.Module], data: Data, task: Task, seed: int = 0, 
     return train_counted(make, data, task, seed, Recipe(epochs, lr, momentum, weight_decay, batch))[0]
 
 
-def train_counted(make: Callable[[], nn.Module], data: Data, task: Task, seed: int,
-                  recipe: Recipe) -> tuple[nn.Module, dict[str, float]]:
+def train_counted(
+    make: Callable[[], nn.Module], data: Data, task: Task, seed: int, recipe: Recipe
+) -> tuple[nn.Module, dict[str, float]]:
     """As ``train``, and what it cost: ``seconds``, and rows ``forward`` and ``backward``."""
     model = fresh(make, seed)
     case = Case(model, Request(retain=data), task, Scope.all(model), rng=Key(seed).at("train"))
-    stage = Descend(retain=NLL(), optimizer=SGD(recipe.lr, recipe.momentum, recipe.weight_decay), schedule=Cosine(warmup=0.05),
-                    epochs=recipe.epochs, batch=recipe.batch, norm_stats="live")
+    stage = Descend(
+        retain=NLL(),
+        optimizer=SGD(recipe.lr, recipe.momentum, recipe.weight_decay),
+        schedule=Cosine(warmup=0.05),
+        epochs=recipe.epochs,
+        batch=recipe.batch,
+        norm_stats="live",
+    )
     with case.meter.timed():
         stage(case)
     return model.eval(), {name: getattr(case.meter, name) for name in ("seconds", "forward", "backward")}
@@ -123,7 +140,7 @@ def breast_cancer() -> Suite:
 
 
 def diabetes() -> Suite:
-    """442 patients, 10 measurements each, the progression of diabetes after a year (standardised); a two-layer network."""
+    """442 patients, 10 measurements each, the standardised progression of diabetes in a year; a two-layer network."""
     from sklearn.datasets import load_diabetes
 
     from expunge.tasks.regression import Regression
@@ -168,8 +185,16 @@ def _standard(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _convolutional() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
 
 
 def _dense(inputs: int, hidden: int, outputs: int) -> nn.Module:

@@ -51,10 +51,14 @@ class ImageFiles:
             try:
                 pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255.0
             except (OSError, ValueError, SyntaxError) as error:
-                raise Refused(f"{path} is not a whole image ({error}): replace it or take it out of the folder") from error
+                raise Refused(
+                    f"{path} is not a whole image ({error}): replace it or take it out of the folder"
+                ) from error
         if pixels.shape[:2] != (height, width):
-            raise Refused(f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels and the first image is {width} x {height}: "
-                          f"bring all images to one size")
+            raise Refused(
+                f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels and the first image is {width} x {height}: "
+                f"bring all images to one size"
+            )
         return torch.from_numpy(pixels.reshape(height, width, -1)).permute(2, 0, 1).contiguous()
 
 
@@ -119,8 +123,10 @@ def _common_shape(paths: Sequence[Path]) -> tuple[int, int, int]:
             modes.add(image.mode)
     if len(sizes) > 1:
         (first, one), (second, other) = list(sizes.items())[:2]
-        raise Refused(f"images differ in size: {one} is {first[0]} x {first[1]} pixels and {other} is {second[0]} x "
-                      f"{second[1]}; bring all to one size")
+        raise Refused(
+            f"images differ in size: {one} is {first[0]} x {first[1]} pixels and {other} is {second[0]} x "
+            f"{second[1]}; bring all to one size"
+        )
     width, height = next(iter(sizes))
     return (1 if modes <= {"1", "L", "I;16"} else 3), height, width
 
@@ -168,9 +174,16 @@ def _safetensors(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} is not a whole safetensors file ({first_line(error)})") from error
 
 
-def read(path: str | Path, *, label: str | None = None, target: Target = "class",
-         categories: Categories = "onehot", ids: str | None = None, drop: Sequence[str] = (),
-         like: Loaded | None = None) -> Loaded:
+def read(
+    path: str | Path,
+    *,
+    label: str | None = None,
+    target: Target = "class",
+    categories: Categories = "onehot",
+    ids: str | None = None,
+    drop: Sequence[str] = (),
+    like: Loaded | None = None,
+) -> Loaded:
     """Whatever the path is: a folder of images, a table, or arrays.
 
     Args:
@@ -184,7 +197,7 @@ def read(path: str | Path, *, label: str | None = None, target: Target = "class"
         return read_images(path, classes=None if like is None else like.classes)
     if path.suffix.lower() in TABLES:
         if label is None:
-            raise Refused(f"{path} is a table: say which column is the label, with label = \"NAME\"")
+            raise Refused(f'{path} is a table: say which column is the label, with label = "NAME"')
         return read_table(path, label=label, target=target, categories=categories, ids=ids, drop=drop, like=like)
     return read_arrays(path, label=label or "y")
 

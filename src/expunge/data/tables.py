@@ -39,8 +39,16 @@ class Loaded:
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
 
-def read_table(path: str | Path, *, label: str, target: Target = "class", categories: Categories = "onehot",
-               ids: str | None = None, drop: Sequence[str] = (), like: Loaded | None = None) -> Loaded:
+def read_table(
+    path: str | Path,
+    *,
+    label: str,
+    target: Target = "class",
+    categories: Categories = "onehot",
+    ids: str | None = None,
+    drop: Sequence[str] = (),
+    like: Loaded | None = None,
+) -> Loaded:
     """A CSV or Parquet table: one example per line, the label in one column, every other column an input.
 
     Text columns are categories, numbered in sorted order. Numbers are taken as they stand: scale them in the file or in
@@ -49,7 +57,7 @@ def read_table(path: str | Path, *, label: str, target: Target = "class", catego
     Args:
         path: ``.csv`` with a header line, or ``.parquet``.
         label: name of the label's column.
-        target: "class": whole numbers as they stand, or text, whose sorted values are the classes; "number": regression.
+        target: "class": whole numbers as they stand, or text, numbered in sorted order; "number": regression.
         categories: text columns as one 0/1 input per value, or as one whole number.
         ids: a column of whole numbers that name the examples; line numbers from 0 otherwise.
         drop: columns that are left out.
@@ -63,7 +71,9 @@ def read_table(path: str | Path, *, label: str, target: Target = "class", catego
     frame = _frame(path)
     for name in (label, *([ids] if ids else []), *drop):
         if name not in frame.columns:
-            raise Refused(f"{path} has no column {name!r}{did_you_mean(name, frame.columns)}: it has {few(frame.columns)}")
+            raise Refused(
+                f"{path} has no column {name!r}{did_you_mean(name, frame.columns)}: it has {few(frame.columns)}"
+            )
     inputs = [name for name in frame.columns if name not in {label, ids, *drop}]
     if not inputs:
         raise Refused(f"{path} has no input columns beside {label!r}: expected at least one")
@@ -72,7 +82,9 @@ def read_table(path: str | Path, *, label: str, target: Target = "class", catego
     x, features, values = _inputs(frame, inputs, categories, path, like)
     y, classes = _target(frame[label], target, path, like)
     numbers = torch.arange(len(frame)) if ids is None else _whole(frame[ids], ids, path)
-    columns = {name: torch.tensor(frame[name].to_numpy(np.float64)) for name in (*inputs, label) if _numeric(frame[name])}
+    columns = {
+        name: torch.tensor(frame[name].to_numpy(np.float64)) for name in (*inputs, label) if _numeric(frame[name])
+    }
     return Loaded(as_data({"x": x, "y": y}, ids=numbers), classes, features, columns, values)
 
 
@@ -84,8 +96,14 @@ def _frame(path: Path) -> Any:
     pandas = need_extra("pandas", "files", "reading tables")
     need_extra("pyarrow", "files", "reading tables")
     try:
-        frame = pandas.read_csv(path, skipinitialspace=True) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
-    except (ValueError, OSError, UnicodeDecodeError) as error:  # pandas' and pyarrow's own errors are ValueErrors and OSErrors
+        frame = (
+            pandas.read_csv(path, skipinitialspace=True) if path.suffix.lower() == ".csv" else pandas.read_parquet(path)
+        )
+    except (
+        ValueError,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # pandas' and pyarrow's own errors are ValueErrors and OSErrors
         raise Refused(f"{path} cannot be read as a table: {first_line(error)}") from error
     if len(frame) == 0:
         raise Refused(f"{path} has no rows: expected at least one below the header")
@@ -106,8 +124,10 @@ def _complete(column: Any, name: str, path: Path) -> None:
     missing = np.flatnonzero(column.isna().to_numpy())
     if len(missing):
         where = _line(path, int(missing[0]))
-        raise Refused(f"{path} has no value in column {name!r} at {where} ({len(missing)} are missing): fill them, or drop "
-                      f"the lines or the column")
+        raise Refused(
+            f"{path} has no value in column {name!r} at {where} ({len(missing)} are missing): fill them, or drop "
+            f"the lines or the column"
+        )
     if _numeric(column):
         infinite = np.flatnonzero(~np.isfinite(column.to_numpy(np.float64)))
         if len(infinite):
@@ -121,8 +141,9 @@ def _whole(column: Any, name: str, path: Path) -> Tensor:
     return torch.tensor(column.to_numpy(np.int64))
 
 
-def _inputs(frame: Any, names: Sequence[str], categories: Categories, path: Path,
-            like: Loaded | None) -> tuple[np.ndarray, tuple[str, ...], dict[str, tuple[str, ...]]]:
+def _inputs(
+    frame: Any, names: Sequence[str], categories: Categories, path: Path, like: Loaded | None
+) -> tuple[np.ndarray, tuple[str, ...], dict[str, tuple[str, ...]]]:
     """[n, features] float32, the features' names and the values of each categorical column."""
     blocks, features, known = [], [], {}
     for name in names:
@@ -141,8 +162,10 @@ def _inputs(frame: Any, names: Sequence[str], categories: Categories, path: Path
             features.append(name)
     if like is not None and tuple(features) != like.features:
         odd = next(iter(set(features) ^ set(like.features)), None)
-        raise Refused(f"{path} has other input columns than the training data"
-                      + (f": {odd!r} is in only one of them" if odd else ": the same ones in another order"))
+        raise Refused(
+            f"{path} has other input columns than the training data"
+            + (f": {odd!r} is in only one of them" if odd else ": the same ones in another order")
+        )
     return np.concatenate(blocks, 1), tuple(features), known
 
 
@@ -153,8 +176,10 @@ def _numbered(column: Any, path: Path, known: tuple[str, ...] | None) -> tuple[n
     places = {value: place for place, value in enumerate(values)}
     for row, value in enumerate(text):
         if value not in places:
-            raise Refused(f"{path}: column {column.name!r} has the value {value!r} at {_line(path, row)}, which the training "
-                          f"data does not have{did_you_mean(value, values)}")
+            raise Refused(
+                f"{path}: column {column.name!r} has the value {value!r} at {_line(path, row)}, which the training "
+                f"data does not have{did_you_mean(value, values)}"
+            )
     return np.array([places[value] for value in text], dtype=np.int64), values
 
 
@@ -162,15 +187,17 @@ def _target(column: Any, target: str, path: Path, like: Loaded | None) -> tuple[
     if target == "number":
         if not _numeric(column):
             raise Refused(f"{path}: the label column {column.name!r} holds text, expected numbers for regression")
-        return column.to_numpy(np.float32), ()
+        return column.to_numpy(np.float32, copy=True), ()
     if not _numeric(column):
         return _numbered(column, path, None if like is None else like.classes)
     parts = np.flatnonzero(np.mod(column.to_numpy(np.float64), 1))
     if len(parts):
         row = int(parts[0])
-        raise Refused(f"{path}: the label column {column.name!r} holds {column[row]} at {_line(path, row)}, expected whole "
-                      f"numbers as classes; for regression give task = \"regression\"")
-    return column.to_numpy(np.int64), ()
+        raise Refused(
+            f"{path}: the label column {column.name!r} holds {column[row]} at {_line(path, row)}, expected whole "
+            f'numbers as classes; for regression give task = "regression"'
+        )
+    return column.to_numpy(np.int64, copy=True), ()
 
 
 def few(names: Any) -> str:

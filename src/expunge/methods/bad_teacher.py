@@ -25,8 +25,8 @@ TWICE = "min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain)"
                        "forget set with 30 % of the retain set",
             "temperature": "the loss is times the temperature squared (the same at the paper's temperature of 1)",
         })
-def bad_teacher(*, temperature: Positive = 1.0, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3, steps: Count = 40,
-                batch: AtLeastOne = 64, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+def bad_teacher(*, temperature: Positive = 1.0, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3, steps: Count = 75,
+                batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Pull the model towards an untrained network on the forget data and towards the original on the retain data.
 
     No labels are read. An untrained network answers alike on everything, which is not what a retrained model answers

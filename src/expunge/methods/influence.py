@@ -20,11 +20,12 @@ _ROWS = "n_forget + n_retain + min(samples + (recursion == 'released'), n_retain
 
 @method(paper="arXiv:2304.04934", needs={"forget", "retain"}, dose="scale", cost={"forward": _ROWS, "backward": _ROWS},
         departures={
-            "scale": "1 by default, the Newton step; the released code's is 0.2, and others search up to 100",
-            "guard": "the scale is halved until the retain loss keeps its bound; the authors retune it per model",
+            "recursion": "the exact inverse by default; the released one hangs on the first example that is drawn",
+            "scale": "2 by default, where the Newton step is 1; the released code's is 0.2, and others search up to 100",
+            "guard": "the scale is lowered until the retain loss keeps its bound; the authors retune it per model",
             "samples": "with fewer retain examples than asked for, the recursion's n is what there is",
         })
-def influence(*, scale: NonNegative = 1.0, recursion: Literal["released", "exact"] = "released",
+def influence(*, scale: NonNegative = 2.0, recursion: Literal["released", "exact"] = "exact",
               samples: AtLeastOne = 1000, damping: Positive = 0.1, rise: Share = 0.05, chunk: AtLeastOne = 64) -> Stage:
     """Add ``scale * H^-1 v`` to the weights, where v = (N_f / N) (g_f - g_r) and H is an empirical Fisher matrix.
 
@@ -34,9 +35,9 @@ def influence(*, scale: NonNegative = 1.0, recursion: Literal["released", "exact
 
     Args:
         scale: alpha, dose, >= 0; 0 changes nothing.
-        recursion: how H^-1 v is computed from single-example gradients. "released": that of the published code
-            (memory for two gradients), which amounts to v less a multiple of one gradient. "exact": the inverse of
-            ``damping I`` + the empirical Fisher (memory for `samples` gradients).
+        recursion: how H^-1 v is computed from single-example gradients. "exact": the inverse of ``damping I`` + the
+            empirical Fisher (memory for `samples` gradients). "released": that of the published code (memory for two
+            gradients), which amounts to v less a multiple of one gradient.
         samples: retain examples for H, >= 1; all of them where there are fewer. "released" reads one more.
         damping: of the exact form, > 0, in units of a squared gradient.
         rise: how far the retain loss may rise, as a share of the way to chance, in [0, 1].
@@ -60,7 +61,7 @@ class _Influence:
         weights = {name: p.detach().clone() for name, p in case.scope.parameters(case.model).items()}
 
         def at(scale: float) -> Grads:
-            return {name: torch.add(weight, step[name], alpha=scale) for name, weight in weights.items() if name in step}
+            return {name: torch.add(weight, step[name], alpha=scale) for name, weight in weights.items()}
 
         taken = guarded_edit(case, at, float(self.scale), key, name="scale", rise=self.rise)
         case.meter.history.append({"scale": taken, "step_norm": taken * math.sqrt(runtime.dot(step, step))})

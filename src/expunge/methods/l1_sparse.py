@@ -18,7 +18,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
             "decay": "the l1 weight falls at every step; authors' code lowers it once per epoch",
             "norm_stats": "frozen by default; the published runs train with live batch statistics",
         })
-def l1_sparse(*, alpha: NonNegative = 1e-3, lr: Positive = 0.01, momentum: NonNegative = 0.9, weight_decay: NonNegative = 5e-4,
+def l1_sparse(*, alpha: NonNegative = 3e-3, lr: Positive = 0.05, momentum: NonNegative = 0.9, weight_decay: NonNegative = 5e-4,
               steps: Count = 75, batch: AtLeastOne = 64, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Minimise the loss on the retain data plus an l1 norm of all weights whose weight falls linearly to 0.
 

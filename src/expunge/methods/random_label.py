@@ -19,9 +19,10 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
             "labels": "never the true one, as in Amnesiac; the code of SalUn and EUPMU draws over all classes, the truth too",
             "batches": "one forget and one retain batch of their own in every step; authors' code makes a pass over the forget "
                        "set and then one over the retain set (CIFAR-10), or shuffles their union (CIFAR-100)",
+            "weights": "the retain weight is 2 by default, not 1",
             "norm_stats": "frozen by default; the published image runs train with live batch statistics",
         })
-def random_label(*, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3, steps: Count = 40, batch: AtLeastOne = 64,
+def random_label(*, retain_weight: NonNegative = 2.0, lr: Positive = 1e-3, steps: Count = 75, batch: AtLeastOne = 32,
                  norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Minimise the loss of a random wrong answer on the forget data and of the true answer on the retain data.
 

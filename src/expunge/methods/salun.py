@@ -24,11 +24,12 @@ STEPS = "steps * (min(batch, n_forget) + (retain_weight > 0) * min(batch, n_reta
                       "the next one (diffusion)",
             "batches": "one forget and one retain batch of their own in every step; authors' code makes a pass over the forget "
                        "set and then one over the retain set (CIFAR-10)",
+            "weights": "the retain weight is 2 by default, not 1",
             "norm_stats": "frozen by default; the published image runs train with live batch statistics, which no mask holds",
             "soft": "the soft-thresholded variant (SalUn-soft) is not here",
         })
-def salun(*, keep: Share = 0.5, forget: Objective = RandomLabel(), retain_weight: NonNegative = 1.0, lr: Positive = 1e-3,
-          steps: Count = 40, batch: AtLeastOne = 64, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+def salun(*, keep: Share = 0.5, forget: Objective = RandomLabel(), retain_weight: NonNegative = 2.0, lr: Positive = 2e-3,
+          steps: Count = 75, batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Forget by another objective, moving only the share `keep` of the weights with the largest forget gradient.
 
     All other weights keep their value to the bit, whatever the optimizer's momentum and decay. It does not promise that

@@ -30,8 +30,8 @@ RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * mi
             "norm_stats": "frozen by default; the published runs train with live batch statistics",
         })
 def scrub(*, distill_weight: NonNegative = 0.5, label_weight: NonNegative = 1.0, temperature: Positive = 2.0,
-          epochs: Count = 5, ascent_epochs: Count = 3, lr: Positive = 1e-3, forget_batch: AtLeastOne = 32,
-          batch: AtLeastOne = 64, retain_steps: AtLeastOne = 8, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+          epochs: Count = 5, ascent_epochs: Count = 3, lr: Positive = 7e-4, forget_batch: AtLeastOne = 32,
+          batch: AtLeastOne = 32, retain_steps: AtLeastOne = 8, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Alternate a pass that leaves the original model on the forget data with one that stays near it on the retain data.
 
     In each of the first `ascent_epochs` epochs the forget pass comes first and the retain pass after it; the other

@@ -19,11 +19,11 @@ from expunge.runtime import threshold as level_of
 @method(paper="arXiv:2308.07707", needs={"forget", "retain"}, dose="exponent",
         cost={"forward": "n_forget + n_retain", "backward": "n_forget + n_retain"},
         departures={
-            "importance": "squared gradients of single examples; the authors square the gradient of a batch mean, which "
-                          "depends on the batch size, so their thresholds (10 and more) cannot be carried over",
+            "importance": "squared gradients of single examples; the authors square the gradient of a batch mean, "
+                          "which depends on the batch size, so their thresholds (10 and more) do not carry over",
             "threshold": "by default the share of weights selected is fixed; the authors fix the threshold",
             "strength": "0.3 by default; 1 in the authors' code",
-            "guard": "the exponent is halved until the retain loss keeps its bound; the authors have no guard",
+            "guard": "the exponent is lowered until the retain loss keeps its bound; the authors have no guard",
         })
 def ssd(*, threshold: Annotated[float | None, Range(0)] = None, share: Share = 0.03, strength: NonNegative = 0.3,
         exponent: NonNegative = 1.0, rise: Share = 0.05, chunk: AtLeastOne = 64) -> Stage:
@@ -95,9 +95,10 @@ def _threshold(forget: Grads, whole: Grads, share: float) -> float:
 
 def _nothing(level: float, part: float, forget: Grads, whole: Grads) -> str:
     if level >= 1.0 / part:
-        return (f"no weight was selected, nothing changed: the threshold is {level:g}, and since the forget data is {part:.3g} of "
-                f"all data no importance ratio can exceed 1 / {part:.3g} = {1 / part:.4g}; give a lower threshold, or None")
+        return (f"no weight was selected, nothing changed: the threshold is {level:g}, and since the forget data is "
+                f"{part:.3g} of all data no importance ratio can exceed 1 / {part:.3g} = {1 / part:.4g}; give a lower "
+                f"threshold, or None")
     ratios = torch.cat([ratio.flatten() for ratio in _ratios(forget, whole).values()])
     largest = float(ratios.max()) if ratios.numel() else 0.0
-    return (f"no weight was selected, nothing changed: the threshold is {level:g} and the largest importance ratio of any weight "
-            f"is {largest:.4g}; give a lower threshold, or None")
+    return (f"no weight was selected, nothing changed: the threshold is {level:g} and the largest importance ratio of any "
+            f"weight is {largest:.4g}; give a lower threshold, or None")

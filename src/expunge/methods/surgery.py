@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from expunge.combine import Clip, OneSidedProjection
 from expunge.core import Objective, Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, RandomLabel
 from expunge.optim import SGD
-from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, method
+from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, method
 
 _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
 
@@ -20,9 +18,10 @@ _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
                        "losses by their shares",
             "denominator": "a bound on the multiplier in place of 1e-8 added to |g_r|^2",
             "labels": "random labels never include the true one; the authors draw over all classes",
+            "tolerance": "-1 by default: a fall of the retain loss is demanded; 0 in the authors' code",
             "guard": "stops where the retain loss leaves its bound: the constraint holds to first order only",
         })
-def surgery(*, forget: Objective = RandomLabel(), tolerance: Annotated[float, Range()] = 0.0,
+def surgery(*, forget: Objective = RandomLabel(), tolerance: Finite = -1.0,
             max_multiplier: Positive = 100.0, max_norm: Positive = 1.0, lr: Positive = 0.05, momentum: NonNegative = 0.0,
             weight_decay: NonNegative = 0.0, steps: Count = 40, batch: AtLeastOne = 64) -> Stage:
     """Descend along the direction nearest to the forget gradient that does not raise the retain loss.

@@ -32,8 +32,8 @@ class CausalLM:
     the very first token cannot be predicted and does not count.
 
     Padding changes no value, on whichever side it is: every row is moved to start with its first real token before the
-    model sees it, and what comes back (``logits``, ``outputs``, ``labels``) stands in that order. A token is real when it
-    is attended or has a label, so the end-of-sequence token counts even where a mask was made as ``ids != pad``.
+    model sees it, and what comes back (``logits``, ``outputs``, ``labels``) stands in that order. A token is real when
+    it is attended or has a label, so the end-of-sequence token counts even where a mask was made as ``ids != pad``.
 
     Args:
         vocab: number of tokens V, >= 2.
@@ -69,13 +69,21 @@ class CausalLM:
             answer = labels != IGNORED
             _refuse(batch, (ids < 0) | (ids >= self.vocab), name, f"a token outside the vocabulary of {self.vocab}")
             _refuse(batch, (mask != 0) & (mask != 1), name, "an attention_mask that is not 0 or 1")
-            _refuse(batch, answer & (labels != ids), name, "labels that are not the tokens themselves (give them "
-                                                           "unshifted, -100 on prompt and padding)")
+            _refuse(
+                batch,
+                answer & (labels != ids),
+                name,
+                "labels that are not the tokens themselves (give them unshifted, -100 on prompt and padding)",
+            )
             real = ((mask == 1) | answer).int()
             starts = (real[:, 1:] > real[:, :-1]).sum(1) + real[:, 0]
             _refuse(batch, (starts > 1)[:, None], name, "padding between its tokens")
-            _refuse(batch, (self.units(batch) == 0)[:, None], name, "no answer token to predict (all labels are -100, or "
-                                                                    "there is no prompt before the only one)")
+            _refuse(
+                batch,
+                (self.units(batch) == 0)[:, None],
+                name,
+                "no answer token to predict (all labels are -100, or there is no prompt before the only one)",
+            )
 
     def prepare(self, batch: Batch, rng: Key) -> Batch:
         """Nothing is random."""
@@ -98,8 +106,10 @@ class CausalLM:
         found = self.call(model, {**batch, **aligned}) if self.call is not None else _logits(model, aligned)
         wanted = (*aligned["input_ids"].shape, self.vocab)
         if found.shape != wanted:
-            raise Refused(f"the model returned logits of shape {tuple(found.shape)}: expected {wanted}, one row of {self.vocab} "
-                          f"per token; a model whose embedding is padded needs CausalLM(vocab=) of that size")
+            raise Refused(
+                f"the model returned logits of shape {tuple(found.shape)}: expected {wanted}, one row of {self.vocab} "
+                f"per token; a model whose embedding is padded needs CausalLM(vocab=) of that size"
+            )
         return found[:, :-1]
 
     outputs = logits
@@ -127,7 +137,7 @@ class CausalLM:
         return torch.where(self.labels(batch) != IGNORED, each, torch.zeros_like(each)).sum(1)
 
     def relabel(self, batch: Batch, rng: Key) -> Batch:
-        """The same prompts with a refusal for an answer; without refusals, with another random token at each answer place.
+        """The same prompts with a refusal for an answer; without refusals, with another random token at each answer.
 
         A refusal equal to the true answer is never drawn, nor is the true token at any place. Padding comes out on the
         right, and the batch may be wider.
@@ -172,8 +182,10 @@ def _logits(model: nn.Module, aligned: Batch) -> Tensor:
     found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if isinstance(found, Tensor):
         return found
-    raise Refused(f"the model returned a {type(output).__name__} without logits: say how to read it with "
-                  f"CausalLM(call=lambda model, batch: ...)")
+    raise Refused(
+        f"the model returned a {type(output).__name__} without logits: say how to read it with "
+        f"CausalLM(call=lambda model, batch: ...)"
+    )
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -191,7 +203,9 @@ def _refused(aligned: Batch, refusals: Tensor, generator: torch.Generator) -> Ba
         true = ids[row, answer].tolist()
         wrong = [r for choice in choices if (r := choice[choice != IGNORED].tolist()) and r != true]
         if not wrong:
-            raise Refused(f"every refusal of example {int(aligned['id'][row])} is empty or its true answer: give another one")
+            raise Refused(
+                f"every refusal of example {int(aligned['id'][row])} is empty or its true answer: give another one"
+            )
         prompts.append(ids[row, :start].tolist())
         answers.append(wrong[int(torch.randint(len(wrong), (1,), generator=generator))])
     width = max(ids.shape[1], *(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
@@ -200,23 +214,31 @@ def _refused(aligned: Batch, refusals: Tensor, generator: torch.Generator) -> Ba
         return torch.tensor([row + [filler] * (width - len(row)) for row in rows]).to(aligned["input_ids"].device)
 
     both = list(zip(prompts, answers, strict=True))
-    return {"input_ids": table(0, (p + a for p, a in both)),
-            "attention_mask": table(0, ([1] * (len(p) + len(a)) for p, a in both)),
-            "labels": table(IGNORED, ([IGNORED] * len(p) + a for p, a in both))}
+    return {
+        "input_ids": table(0, (p + a for p, a in both)),
+        "attention_mask": table(0, ([1] * (len(p) + len(a)) for p, a in both)),
+        "labels": table(IGNORED, ([IGNORED] * len(p) + a for p, a in both)),
+    }
 
 
 def _check_columns(batch: Batch, name: str) -> None:
     for column in COLUMNS:
         if column not in batch:
-            raise Refused(f"{name} data has no column {column!r}: it has {', '.join(batch)}; a language model needs "
-                          f"{', '.join(COLUMNS)}")
+            raise Refused(
+                f"{name} data has no column {column!r}: it has {', '.join(batch)}; a language model needs "
+                f"{', '.join(COLUMNS)}"
+            )
         value = batch[column]
         if value.ndim != 2 or value.shape != batch["input_ids"].shape or value.is_floating_point():
-            raise Refused(f"{name} column {column!r} is {value.dtype} of shape {tuple(value.shape)}: expected whole numbers "
-                          f"[examples, tokens], the same for {', '.join(COLUMNS)}")
+            raise Refused(
+                f"{name} column {column!r} is {value.dtype} of shape {tuple(value.shape)}: expected whole numbers "
+                f"[examples, tokens], the same for {', '.join(COLUMNS)}"
+            )
 
 
 def _refuse(batch: Batch, bad: Tensor, name: str, what: str) -> None:
     rows = torch.nonzero(bad.any(1)).flatten()
     if len(rows):
-        raise Refused(f"{name} example {int(batch['id'][rows[0]])} has {what} ({len(rows)} such examples): correct or drop them")
+        raise Refused(
+            f"{name} example {int(batch['id'][rows[0]])} has {what} ({len(rows)} such examples): correct or drop them"
+        )

@@ -17,7 +17,7 @@ from expunge.tasks.regression import CACHED
 
 @dataclass(frozen=True)
 class LinearBetas:
-    """Variances that rise linearly over the steps (Ho et al. 2020): beta_0 = `start`, beta_{T-1} = `end`, both in (0, 1)."""
+    """Variances that rise linearly (Ho et al. 2020): beta_0 = `start`, beta_{T-1} = `end`, both in (0, 1)."""
 
     start: float = 1e-4
     end: float = 0.02
@@ -49,10 +49,10 @@ class Cosine:
 class Diffusion:
     """Squared error of the predicted noise; unit: one pixel (one number of the image or latent).
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; nll = ||eps - model(x_t, t, c)||^2, the SUM over pixels. It is the usual
-    surrogate of the likelihood, not nats. Authors' code often weighs a pixel sum against a pixel mean: objectives here are
-    all per unit, hence per pixel. The timestep and the noise are drawn in ``prepare``, so every reader of a step sees
-    the same, and nothing per example can be cached.
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; nll = ||eps - model(x_t, t, c)||^2, the SUM over pixels. It is the
+    usual surrogate of the likelihood, not nats. Authors' code often weighs a pixel sum against a pixel mean: objectives
+    here are all per unit, hence per pixel. The timestep and the noise are drawn in ``prepare``, so every reader of a step
+    sees the same, and nothing per example can be cached.
 
     Args:
         classes: number of class conditions C, >= 2. Condition C is the empty one, where the model was trained with it.
@@ -89,21 +89,27 @@ class Diffusion:
         for batch in data.batches(1024):
             for column in (self.inputs, self.label):
                 if column not in batch:
-                    raise Refused(f"{name} data has no column {column!r}: it has {', '.join(batch)}; name the columns in "
-                                  f"Diffusion(inputs=..., label=...)")
+                    raise Refused(
+                        f"{name} data has no column {column!r}: it has {', '.join(batch)}; name the columns in "
+                        f"Diffusion(inputs=..., label=...)"
+                    )
             images, labels = batch[self.inputs], batch[self.label]
             if tuple(images.shape[1:]) != tuple(self.shape) or not images.is_floating_point():
-                raise Refused(f"{name} images are {images.dtype} of shape {tuple(images.shape[1:])}: expected floating numbers of "
-                              f"shape {tuple(self.shape)}, scaled as in training")
+                raise Refused(
+                    f"{name} images are {images.dtype} of shape {tuple(images.shape[1:])}: expected floating numbers "
+                    f"of shape {tuple(self.shape)}, scaled as in training"
+                )
             check_finite(images, batch["id"], name)
             outside = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
             if labels.ndim != 1 or labels.is_floating_point() or len(outside):
                 which = f", first at id {int(batch['id'][outside[0]])}" if labels.ndim == 1 and len(outside) else ""
-                raise Refused(f"{name} conditions are {labels.dtype} of shape {tuple(labels.shape)}{which}: expected one whole "
-                              f"number of 0 to {self.classes - 1} per example")
+                raise Refused(
+                    f"{name} conditions are {labels.dtype} of shape {tuple(labels.shape)}{which}: expected one whole "
+                    f"number of 0 to {self.classes - 1} per example"
+                )
 
     def prepare(self, batch: Batch, rng: Key) -> Batch:
-        """Columns ``t`` [b], uniform on 0 .. T-1, and ``noise`` [b, *shape], standard normal; the same on any device."""
+        """Columns ``t`` [b], uniform on 0 .. T-1, and ``noise`` [b, *shape], standard normal; alike on any device."""
         images, generator = batch[self.inputs], rng.generator()
         time = torch.randint(self.steps, (len(images),), generator=generator)
         noise = torch.randn(images.shape, generator=generator)
@@ -118,12 +124,14 @@ class Diffusion:
         return signal.sqrt().to(images.dtype) * images + (1 - signal).sqrt().to(images.dtype) * batch["noise"]
 
     def predict(self, model: nn.Module, images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """[b, *shape], the noise that the model sees in noised `images` at timesteps `time` under conditions `labels`."""
+        """[b, *shape], the noise that the model sees in `images` at timesteps `time` under conditions `labels`."""
         found = model(images, time, labels) if self.call is None else self.call(model, images, time, labels)
         if not isinstance(found, Tensor) or found.shape != images.shape:
             what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise Refused(f"the model returned {what} for noised images of shape {tuple(images.shape)}: expected noise of that "
-                          f"shape; say how to read it with Diffusion(call=lambda model, x, t, c: ...)")
+            raise Refused(
+                f"the model returned {what} for noised images of shape {tuple(images.shape)}: expected noise of that "
+                f"shape; say how to read it with Diffusion(call=lambda model, x, t, c: ...)"
+            )
         return found
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -162,11 +170,12 @@ class Diffusion:
         return {**kept, self.label: (labels + step) % self.classes}
 
     def wrong_target(self, case: Case, batch: Batch, rng: Key) -> Batch:
-        """The batch, true conditions and all, with the column ``wanted``: what the model itself predicts under another one.
+        """The batch with the column ``wanted``: what the model itself predicts under another condition.
 
-        The nll is then SalUn's ||eps(x_t, t, c) - sg[eps(x_t, t, c')]||^2 (arXiv:2310.12508), per example. The answer to
-        (x_t, t, c) is a noise, which only the model knows: hence a capability beside ``relabel``. c' is drawn, where the
-        authors' code takes the next class. One forward more per step.
+        The nll is then SalUn's ||eps(x_t, t, c) - sg[eps(x_t, t, c')]||^2 (arXiv:2310.12508), per example; the
+        column of conditions stays true. The answer to (x_t, t, c) is a noise, which only the model knows: hence a
+        capability beside ``relabel``. c' is drawn, where the authors' code takes the next class. It costs one forward
+        pass of the batch, and is redrawn with it.
         """
         with torch.no_grad(), eval_mode(case.model):
             wanted = self.outputs(case.model, self.relabel(batch, rng))
@@ -174,14 +183,14 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, model: nn.Module, labels: Tensor, key: Key, steps: int = 50, guidance: float = 1.0) -> Tensor:
-        """[n, *shape] images of the conditions `labels` [n] by DDIM without noise (Song et al. 2021), the model in eval mode.
+        """[n, *shape] images of conditions `labels` [n] by DDIM without noise (Song et al. 2021), in eval mode.
 
         Args:
             model: the denoiser.
             labels: int64 [n], 0 .. C-1.
             key: of the starting noise: the same key and count give the same images.
             steps: timesteps visited, evenly spaced, 1 .. T.
-            guidance: w of eps = eps(empty) + w (eps(c) - eps(empty)); 1 is the condition alone and calls the model once.
+            guidance: w of eps = eps(empty) + w (eps(c) - eps(empty)); 1 is the condition alone, one call.
         """
         if not 1 <= steps <= self.steps:
             raise Refused(f"sample: steps must lie in [1, {self.steps}], found {steps}")

@@ -29,7 +29,7 @@ class Regression:
         inputs: column with the model's input (a Tensor, or a mapping that is passed as keyword arguments).
         target: column with the targets, [b] or [b, k].
         variance: of the targets, in squared units of the target, for ``chance``; that of each batch by default.
-        apart: how far a wrong target lies from the true one at least (root mean square over k), in units of `scale`, > 0.
+        apart: how far a wrong target lies from the true one at least: root mean square over k, in `scale`, > 0.
         call: ``(model, batch) -> predictions [b], [b, 1] or [b, k]`` for a model of another shape.
 
     Raises:
@@ -57,17 +57,23 @@ class Regression:
         for batch in data.batches(1024):
             for column in (self.inputs, self.target):
                 if column not in batch:
-                    raise Refused(f"{name} data has no column {column!r}: it has {', '.join(batch)}; name the columns in "
-                                  f"Regression(inputs=..., target=...)")
+                    raise Refused(
+                        f"{name} data has no column {column!r}: it has {', '.join(batch)}; name the columns in "
+                        f"Regression(inputs=..., target=...)"
+                    )
             check_finite(batch[self.inputs], batch["id"], name)
             value = batch[self.target]
             if value.ndim not in (1, 2) or value.is_complex() or value.dtype == torch.bool or value.numel() == 0:
-                raise Refused(f"{name} targets are {value.dtype} of shape {tuple(value.shape)}: expected real numbers, one per "
-                              f"example or [examples, k]")
+                raise Refused(
+                    f"{name} targets are {value.dtype} of shape {tuple(value.shape)}: expected real numbers, one per "
+                    f"example or [examples, k]"
+                )
             bad = ~torch.isfinite(value.double().reshape(len(value), -1)).all(1)
             if bool(bad.any()):
-                raise Refused(f"{name} data has NaN or infinite targets, first at id {int(batch['id'][bad][0])} "
-                              f"({int(bad.sum())} examples): clean or drop them")
+                raise Refused(
+                    f"{name} data has NaN or infinite targets, first at id {int(batch['id'][bad][0])} "
+                    f"({int(bad.sum())} examples): clean or drop them"
+                )
 
     def prepare(self, batch: Batch, rng: Key) -> Batch:
         """Nothing is random."""
@@ -82,7 +88,9 @@ class Regression:
         """[b, k] predictions. A prediction of another shape is refused, never broadcast against the targets."""
         found, wanted = call_model(model, batch, self.inputs, self.call), self.targets(batch)
         if found.shape != wanted.shape and found.shape != batch[self.target].shape:
-            raise Refused(f"the model returned predictions of shape {tuple(found.shape)}: expected {tuple(wanted.shape)}")
+            raise Refused(
+                f"the model returned predictions of shape {tuple(found.shape)}: expected {tuple(wanted.shape)}"
+            )
         return found.reshape(wanted.shape)
 
     def nll(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -116,7 +124,7 @@ class Regression:
     def relabel(self, batch: Batch, rng: Key) -> Batch:
         """The target of another example of the batch, drawn among those at least `apart` from the true one.
 
-        Where no other example is that far, the true target shifted by `apart` up or down, each of the k by a drawn sign.
+        Where no other example is that far, the true target shifted by `apart`, each of the k by a drawn sign.
         """
         true = self.targets(batch).double().cpu()
         generator = rng.generator()
