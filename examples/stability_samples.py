@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from expunge.gramian import one_sided
-from expunge.surgery import surgery
+from expunge.criteria import surgery
 
 LAG = 0.15
 START = (0.3, 0.5, 0.0)  # angle, rate, torque

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Bad input never ends in a traceback."""
     try:
         status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt  # typer has made a status of it
         return status if isinstance(status, int) else DONE
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - so that the interpreter's last flush has somewhere to go
@@ -93,11 +95,14 @@ def demo(
     """Forget something real on this machine and write a report."""
     from expunge import demo as story
 
-    summary = story.run(out=out, seed=seed)
+    summary = dict(story.run(out=out, seed=seed))
+    reports = summary.pop("_reports", {}).values()
     if as_json:
         _print_json(summary)
-    else:
-        _print(*_lines(summary))
+        return
+    for report in reports:
+        _print(*_report_parts(report), "")
+    _print(f"written to {out}")
 
 
 @app.command()
@@ -237,13 +242,6 @@ def _report_parts(report: Report | None) -> list[Any]:
 def _reading(row: Mapping[str, Any], name: str) -> str:
     reading = row["readings"].get(name)
     return "" if reading is None or reading["value"] is None else f"{reading['value']:.3g}"
-
-
-def _lines(summary: Mapping[str, Any]) -> list[str]:
-    """A summary of numbers and sentences, one line each."""
-    return [
-        f"{key.replace('_', ' ')}: {value}" for key, value in summary.items() if not isinstance(value, (dict, list))
-    ]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -112,8 +112,8 @@ def _made(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     old, new = _shapes(model), _shapes(fresh)
     if old != new:
         name = next(n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n))
-        raise Refused(f"make returned another model: {name!r} is {_shape(new, name)} there and {_shape(old, name)} in the "
-                      f"trained model; expected the same names and shapes")
+        raise Refused(f"make returned another model: {name!r} is {_shape(new, name)} there, {_shape(old, name)} in the "
+                      f"trained one; expected the same names and shapes")
     return fresh
 
 

@@ -103,7 +103,8 @@ def load_tree(path: Path) -> Any:
             tree = json.loads(file.metadata()["tree"])
             return unpack(tree, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"{path} is not a whole checkpoint of expunge ({error}); delete it, or give another out folder") from error
+        raise Refused(f"{path} is not a whole checkpoint of expunge ({error}); delete it, or give another out "
+                      f"folder") from error
 
 
 def described(part: Any) -> str:
@@ -248,8 +249,8 @@ def _save_case(case: Case, roots: Mapping[str, Data], structure: Mapping[str, Te
             return None
         teachers[name] = _weights(teacher)
     trainable = [name for name, p in case.model.named_parameters() if p.requires_grad]
-    return {"weights": weights, "trainable": trainable, "data": parts, "concepts": case.request.concepts, "scope": dict(case.scope.masks),
-            "rng": case.rng.seed, "meter": case.meter.state(), "teachers": teachers}
+    return {"weights": weights, "trainable": trainable, "data": parts, "concepts": case.request.concepts,
+            "scope": dict(case.scope.masks), "rng": case.rng.seed, "meter": case.meter.state(), "teachers": teachers}
 
 
 def _load_case(tree: Any, case: Case, roots: Mapping[str, Data]) -> Case:
@@ -261,8 +262,9 @@ def _load_case(tree: Any, case: Case, roots: Mapping[str, Data]) -> Case:
     for name, parameter in case.model.named_parameters():
         parameter.requires_grad_(name in tree["trainable"])
     parts = {name: _load_data(data, roots) for name, data in tree["data"].items()}
-    request = Request(forget=parts.pop("forget", None), retain=parts.pop("retain", None), valid=parts.pop("valid", None),
-                      concepts=tuple(tree["concepts"]),
+    named = {name: parts.pop(name, None) for name in ("forget", "retain", "valid")}
+    request = Request(**named, concepts=tuple(tree["concepts"]),
                       extra={name.removeprefix("extra/"): data for name, data in parts.items()})
     case.meter.load(tree["meter"])
-    return replace(case, request=request, scope=Scope(tree["scope"], case.scope.universe), teachers=teachers, rng=Key(tree["rng"]))
+    scope = Scope(tree["scope"], case.scope.universe)
+    return replace(case, request=request, scope=scope, teachers=teachers, rng=Key(tree["rng"]))

@@ -198,8 +198,8 @@ class Norm:
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         square = sum(runtime.total(p.square()) for p in case.scope.parameters(case.model).values())
-        root = torch.sqrt(torch.where(square > 0, square, torch.ones_like(square)))  # type: ignore[arg-type,operator]
-        return torch.where(square > 0, root, torch.zeros_like(root)).reshape(1)  # type: ignore[arg-type,operator]
+        root = torch.sqrt(torch.where(square > 0, square, torch.ones_like(square)))  # type: ignore[arg-type]
+        return torch.where(square > 0, root, torch.zeros_like(root)).reshape(1)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,6 +101,10 @@ class Losses(Mapping[str, float]):
         return len(self._oracle.roles)
 
 
+def _always(weight: float) -> Callable[[float], float]:
+    return lambda _loss: weight
+
+
 class Oracle:
     """What a combiner asks: losses, gradients, Hessian-vector products, and the same at shifted weights. All lazy.
 
@@ -169,7 +173,7 @@ class Oracle:
                 if callable(weight):
                     self._backward_by_loss(role, weight, parameters)
                 elif weight != 0.0:
-                    self.losses.known[role] = self._finish(role, self._backward(role, lambda _loss, w=weight: w))
+                    self.losses.known[role] = self._finish(role, self._backward(role, _always(weight)))
         if all(weight == 0.0 for weight in weights.values()):
             return {}
         return scope.cut(self.case.scope.cut(runtime.gradient(parameters), self.case.model), self.case.model)
@@ -241,7 +245,7 @@ class Oracle:
         for index, real in runtime.pieces(rows_of(batch), self.accumulate):
             index, real = index.to(weight.device), real.to(weight.device)
             entire = len(index) == len(weight) and self.accumulate == 1 and runtime.world() == 1
-            part = batch if entire else map_tensors(lambda t, i=index: t[i], batch)
+            part = batch if entire else take(batch, index)
             self.case.meter.forget_graph()
             values = per_example(self.case, objective, part)
             share = (weight[index] * real / whole).to(values.dtype)
@@ -280,6 +284,11 @@ class Oracle:
             with torch.no_grad():
                 for name, value in kept.items():
                     self.parameters[name].copy_(value)
+
+
+def take(batch: Batch, rows: Tensor) -> Batch:
+    """These rows of a batch."""
+    return map_tensors(lambda t: t[rows.to(t.device)], batch)
 
 
 def example_weights(case: Case, objective: Objective, batch: Batch) -> Tensor:
@@ -325,7 +334,7 @@ def sum_gradient(case: Case, objective: Objective, batch: Batch) -> Grads:
     """Gradient of the SUM over the batch of the objective, in scope. The batch must be prepared."""
     parameters = case.scope.parameters(case.model)
     for index, real in runtime.pieces(rows_of(batch), 1):  # one piece: this process's rows
-        part = batch if runtime.world() == 1 else map_tensors(lambda t, i=index: t[i.to(t.device)], batch)
+        part = batch if runtime.world() == 1 else take(batch, index)
         case.meter.forget_graph()
         values = per_example(case, objective, part)
         (values * real.to(values)).sum().backward()
@@ -370,7 +379,7 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
         case.meter.forward = before
         case.meter.note(f"per-example gradients were taken one at a time: the model cannot be batched over examples "
                         f"({str(error).splitlines()[0][:120]})")
-        rows = [sum_gradient(case, objective, map_tensors(lambda t, i=i: t[i:i + 1], batch)) for i in range(rows_of(batch))]
+        rows = [sum_gradient(case, objective, take(batch, torch.tensor([i]))) for i in range(rows_of(batch))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {name: _masked(case, name, grad) for name, grad in grads.items()}
 

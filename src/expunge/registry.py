@@ -29,7 +29,9 @@ class Range:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in the range (NaN never does)."""
+        """Whether a number lies in the range (NaN and infinity never do)."""
+        if not math.isfinite(value):
+            return False
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 

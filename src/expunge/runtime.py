@@ -53,10 +53,10 @@ def reshard(model: nn.Module) -> nn.Module:
     FSDP2 leaves the outermost gathered until a backward pass; after a look without gradient the model would then show
     plain tensors instead of shards, and the next forward pass would not see what was written to the shards.
     """
-    for module in model.modules():
-        if hasattr(module, "set_reshard_after_forward"):
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()  # type: ignore[operator]
+    shards: list[Any] = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    for module in shards:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
     return model
 
 
@@ -122,17 +122,16 @@ def on_first(work: Callable[[], T]) -> T:
     """Do something on the first process only; its answer, or its error, is every process's."""
     if world() == 1:
         return work()
-    box: list[Any] = [None]
+    box: list[Any] = [None, None]
     if rank() == 0:
         try:
-            box = [(work(), None)]
+            box[0] = work()
         except Exception as error:  # handed to the others, or they would wait for ever
-            box = [(None, error)]
+            box[1] = error
     dist.broadcast_object_list(box)
-    answer, error = box[0]
-    if error is not None:
-        raise error
-    return answer
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
@@ -157,7 +156,8 @@ def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
             if sharded(grad):
                 local(grad).mul_(world())  # FSDP averages over processes, a sum is wanted
             else:
-                dist.all_reduce(grad)
+                grads[name] = grad.contiguous()
+                dist.all_reduce(grads[name])
     return grads
 
 
@@ -184,7 +184,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.detach().reshape(-1), b.detach().reshape(-1)
     if a.numel() == 0 or a.dtype == torch.float64 or a.numel() <= 4096:
         return (a.double() * b.double()).sum()
-    return torch.stack([(x.double() @ y.double()) for x, y in zip(a.split(1 << 16), b.split(1 << 16), strict=True)]).sum()
+    blocks = zip(a.split(1 << 16), b.split(1 << 16), strict=True)
+    return torch.stack([x.double() @ y.double() for x, y in blocks]).sum()
 
 
 def linear(*terms: tuple[float, Grads]) -> Grads:
@@ -244,7 +245,8 @@ def shard_like(mask: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-    return distribute_tensor(mask.to(parameter.device), mesh, placements, src_data_rank=None)  # all have it: nothing is sent
+    mask = mask.to(parameter.device)
+    return distribute_tensor(mask, mesh, placements, src_data_rank=None)  # every process has it: nothing is sent
 
 
 def where(mask: Tensor, new: Tensor, old: Tensor) -> None:

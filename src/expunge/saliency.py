@@ -48,7 +48,8 @@ class Saliency:
         if self.keep == 1.0:
             return replace(case, rng=rng)
         total = summed_gradient(case, case.request.data("forget"), self.objective, self.batch, key)
-        return replace(case, scope=case.scope & top(case, {name: g.abs() for name, g in total.items()}, self.keep), rng=rng)
+        salient = top(case, {name: grad.abs() for name, grad in total.items()}, self.keep)
+        return replace(case, scope=case.scope & salient, rng=rng)
 
 
 def summed_gradient(case: Case, data: Data, objective: Objective, size: int, key: Key) -> Grads:

@@ -19,7 +19,7 @@ from expunge.data import builtin
 from expunge.data.files import class_count, read
 from expunge.data.sources import as_data
 from expunge.data.split import split
-from expunge.data.tables import Loaded
+from expunge.data.tables import Loaded, Target
 from expunge.registry import did_you_mean
 from expunge.run import check_request, load_weights
 from expunge.spec import DataSection, RunSpec
@@ -99,13 +99,13 @@ def _from_files(spec: RunSpec) -> Workload:
 
 
 def _read(section: DataSection, path: str | None, like: Loaded | None = None) -> Loaded:
-    target = "number" if section.task == "regression" else "class"
+    target: Target = "number" if section.task == "regression" else "class"
     return read(
         path or "",
         label=section.label,
         target=target,
         categories=section.categories,
-        ids=section.ids,  # type: ignore[arg-type]
+        ids=section.ids,
         drop=section.drop,
         like=like,
     )

@@ -29,7 +29,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 COMBINERS: dict[str, Combiner] = {name: kind(**ARGUMENTS.get(name, {})) for name, kind in KINDS.items()}
 COMBINERS |= {f"ImplicitSurgery {form}": ImplicitSurgery(form=form, start=0.5) for form in ("log", "raw", "paper")}
 
-PROTECTING = {"OneSidedProjection", "FastImplicitSurgery", *(name for name in COMBINERS if name.startswith("ImplicitSurgery"))}
+PROTECTING = {
+    "OneSidedProjection",
+    "FastImplicitSurgery",
+    *(name for name in COMBINERS if name.startswith("ImplicitSurgery")),
+}
 INVARIANT = {"Nash", "ImplicitSurgery", "ImplicitSurgery log"}  # of degree 0 in the losses: only the rate sets the step
 SYMMETRIC = set(COMBINERS) - PROTECTING
 HARMLESS = {"UPGrad", "MGDA", "PCGrad", "Nash", "IMTLG", "OneSidedProjection"}  # with two roles, no loss rises
@@ -44,8 +48,13 @@ class Plane:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        return (self.offset + sum((p * g).sum() for p, g in
-                                  zip(case.scope.parameters(case.model).values(), self.slope.split(3), strict=True))).reshape(1)
+        return (
+            self.offset
+            + sum(
+                (p * g).sum()
+                for p, g in zip(case.scope.parameters(case.model).values(), self.slope.split(3), strict=True)
+            )
+        ).reshape(1)
 
 
 class Two(nn.Module):
@@ -144,12 +153,17 @@ def test_scaling_all_losses(name: str, factor: float) -> None:
 @pytest.mark.parametrize("name", sorted(SYMMETRIC))
 def test_the_order_of_roles_does_not_matter(name: str) -> None:
     first, second = conflicting(6)
-    torch.testing.assert_close(update(COMBINERS[name], forget=first, retain=second),
-                               update(COMBINERS[name], retain=first, forget=second), **close(name))
+    torch.testing.assert_close(
+        update(COMBINERS[name], forget=first, retain=second),
+        update(COMBINERS[name], retain=first, forget=second),
+        **close(name),
+    )
     if name not in ("PCGrad", "Alternate"):  # PCGrad of three draws an order; these turns have two roles
         three = {"a": first, "b": second, "c": vector(9)}
         forwards = update(COMBINERS[name], **three)
-        torch.testing.assert_close(update(COMBINERS[name], **dict(reversed(three.items()))), forwards, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            update(COMBINERS[name], **dict(reversed(three.items()))), forwards, rtol=1e-6, atol=1e-6
+        )
 
 
 def trained(weight: bool = True) -> Case:
@@ -189,8 +203,13 @@ def two_steps(combiner: Combiner, pieces: int) -> list[Grads]:
     return updates
 
 
-CUTS = {**COMBINERS, "ZerothOrder": ZerothOrder(mu=1e-2, directions=4), "SAM along": SAM(Weighted(), along=("forget",)),
-        "Clip tight": Clip(Weighted(), 1e-2), "OfMeans log": OfMeans(lambda losses: losses["forget"].log() + losses["retain"].log())}
+CUTS = {
+    **COMBINERS,
+    "ZerothOrder": ZerothOrder(mu=1e-2, directions=4),
+    "SAM along": SAM(Weighted(), along=("forget",)),
+    "Clip tight": Clip(Weighted(), 1e-2),
+    "OfMeans log": OfMeans(lambda losses: losses["forget"].log() + losses["retain"].log()),
+}
 
 
 @pytest.mark.parametrize("name", sorted(CUTS))
@@ -207,7 +226,7 @@ def test_cutting_a_batch_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CUTS))
 def test_a_combiner_is_pure(name: str, poisoned_randomness: Any) -> None:
-    """Same bits twice; the state it was given, the weights and the global random state as before; all within the scope."""
+    """Same bits twice; the state it was given, the weights and the global random state as before."""
     combiner, case = CUTS[name], trained()
     before = {n: p.detach().clone() for n, p in case.model.named_parameters()}
     state = combiner.init()

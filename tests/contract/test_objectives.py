@@ -27,8 +27,12 @@ def objectives(case: Case) -> dict[str, Objective]:
     """Every registered objective, with its defaults where it has them."""
     parameters = {name: p.detach() for name, p in case.scope.parameters(case.model).items()}
     generator = torch.Generator().manual_seed(8)
-    shaped = {"EWC": EWC({n: torch.rand(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters.items()},
-                         {n: p + 0.1 for n, p in parameters.items()})}
+    shaped = {
+        "EWC": EWC(
+            {n: torch.rand(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters.items()},
+            {n: p + 0.1 for n, p in parameters.items()},
+        )
+    }
     return {name: shaped[name] if name in shaped else kind() for name, kind in KINDS.items()}
 
 
@@ -47,7 +51,7 @@ def moved(task: str) -> Case:
 
 
 def precise(model: nn.Module) -> nn.Module:
-    """The same network without the float32 normalisation that Llama has in any precision: differences need all digits."""
+    """The same network without the float32 normalisation that Llama has in any precision."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ == "LlamaRMSNorm":
@@ -68,7 +72,9 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
     return raw if draw is None else doubled(draw(case, raw, key.at("draw")))
 
 
-CASES = [(task, name) for task in NAMES for name in sorted(KINDS) if not (name == "Margin" and task != "classification")]
+CASES = [
+    (task, name) for task in NAMES for name in sorted(KINDS) if not (name == "Margin" and task != "classification")
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda pair: "-".join(pair))
@@ -135,7 +141,9 @@ def test_gradient_by_differences(setting: tuple[Case, Objective]) -> None:
     grads = torch.autograd.grad(loss(), parameters, allow_unused=True)
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
-        direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) * (p.detach().abs() > 1e-4) for p in parameters]
+        direction = [
+            torch.randn(p.shape, generator=generator, dtype=p.dtype) * (p.detach().abs() > 1e-4) for p in parameters
+        ]
         expected = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True) if g is not None)
         values = []
         step = 1e-6
@@ -176,7 +184,9 @@ def gradient(case: Case, objective: Objective) -> Tensor:
     with differentiable(case):
         parameters = list(case.scope.parameters(case.model).values())
         found = torch.autograd.grad(objective(case, drawn(case, objective)).sum(), parameters, allow_unused=True)
-    return torch.cat([torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)])
+    return torch.cat(
+        [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(parameters, found, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
@@ -202,15 +212,23 @@ def test_npo_at_its_reference(task: str) -> None:
     case = moved(task)
     case = replace(case, teachers={"original": case.model})
     values = NPO(0.3)(case, drawn(case, NPO(0.3)))
-    torch.testing.assert_close(values, torch.full((ROWS,), 2 / 0.3 * math.log(2), dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        values, torch.full((ROWS,), 2 / 0.3 * math.log(2), dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(gradient(case, NPO(0.3)), gradient(case, Ascent(Summed())), rtol=1e-9, atol=1e-9)
 
 
 def test_npo_with_a_cached_reference_equals_npo_with_its_teacher() -> None:
     case = moved("causal_lm")
     with torch.no_grad(), case.teacher("original") as teacher:
-        losses = torch.cat([case.task.nll(teacher, batch) for batch in prepared(case, case.request.data("forget"), ROWS, Key(1))])
-    cached = replace(case, request=replace(case.request, forget=case.request.data("forget").annotate("reference", losses)), teachers={})
+        losses = torch.cat(
+            [case.task.nll(teacher, batch) for batch in prepared(case, case.request.data("forget"), ROWS, Key(1))]
+        )
+    cached = replace(
+        case,
+        request=replace(case.request, forget=case.request.data("forget").annotate("reference", losses)),
+        teachers={},
+    )
     assert torch.equal(gradient(cached, NPO()), gradient(case, NPO()))
 
 
@@ -225,7 +243,10 @@ def test_simnpo_at_its_margin_and_far_from_it() -> None:
     case = moved("causal_lm")
     batch = drawn(case, SimNPO())
     per_unit = (case.task.nll(case.model, batch) / case.task.units(batch)).detach()
-    at = [float(SimNPO(2.0, float(m))(case, map_tensors(lambda t, i=i: t[i:i + 1], batch)).detach()) for i, m in enumerate(per_unit)]
+    at = [
+        float(SimNPO(2.0, float(m))(case, map_tensors(lambda t, i=i: t[i : i + 1], batch)).detach())
+        for i, m in enumerate(per_unit)
+    ]
     assert at == pytest.approx([math.log(2)] * ROWS, rel=1e-9)
     steep = SimNPO(1e4, 100.0)(case, batch)  # far below the margin the sigmoid is a line
     torch.testing.assert_close(steep, 2 * (100.0 - per_unit), rtol=1e-9, atol=1e-9)
@@ -261,7 +282,9 @@ def test_random_label_is_redrawn_and_never_the_truth(task: str) -> None:
     assert len({float(values.sum()) for values in seen}) > 1, "every draw gave the same answers"
     if task == "classification":
         label = case.task.labels(drawn(case, NLL()))
-        assert all(not bool((case.task.labels(drawn(case, RandomLabel(), Key(seed))) == label).any()) for seed in range(12))
+        assert all(
+            not bool((case.task.labels(drawn(case, RandomLabel(), Key(seed))) == label).any()) for seed in range(12)
+        )
     assert all(not torch.equal(values, true) for values in seen)
 
 
@@ -269,7 +292,10 @@ def test_margin_is_bounded_by_its_slack() -> None:
     case = moved("classification")
     batch = drawn(case, Margin())
     logits = case.task.logits(case.model, batch)
-    expected = [float(row[y] - max(v for k, v in enumerate(row.tolist()) if k != y)) for row, y in zip(logits, case.task.labels(batch), strict=True)]
+    expected = [
+        float(row[y] - max(v for k, v in enumerate(row.tolist()) if k != y))
+        for row, y in zip(logits, case.task.labels(batch), strict=True)
+    ]
     assert Margin(1e9)(case, batch).tolist() == pytest.approx(expected)
     wrong = {**batch, "y": logits.argmin(1)}
     assert bool((Margin(0.01)(case, wrong) == -0.01).all())

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from expunge import Classification, Descend, RunFailed, Scope, registry, runtime, split, unlearn
-from expunge.combine import SAM, Alternate, Clip, ImplicitSurgery, OfMeans, OneSidedProjection, Turn, Weighted, ZerothOrder
+from expunge.combine import (
+    SAM,
+    Alternate,
+    Clip,
+    ImplicitSurgery,
+    OfMeans,
+    OneSidedProjection,
+    Turn,
+    Weighted,
+    ZerothOrder,
+)
 from expunge.core import Case, Refused
 from expunge.descend import Guard
 from expunge.journal import load_tree, save_tree
@@ -27,6 +37,8 @@ from expunge.optim import SGD, AdamW
 from expunge.oracle import prepared, sum_gradient
 from expunge.run import load_weights, save_weights
 from expunge.scope import edit
+
+pytestmark = pytest.mark.slow
 
 LIMIT = 150.0  # seconds for both processes together, on two slow cores
 TOLERANCE = 1e-6
@@ -95,23 +107,39 @@ def plans() -> dict[str, Descend]:
     """What is run: each combiner split in pieces, then optimizers, references, penalties and the guard."""
     forget, retain = SimNPO(), NLL()
     common: dict[str, Any] = {"steps": 3, "batch": 9, "accumulate": 3}
-    found = {f"combine {name}": Descend(forget, retain, combine=combiner, optimizer=SGD(0.05, 0.9, 0.01), **common)
-             for name, combiner in combiners().items()}
-    weights = {name: torch.rand(p.shape, generator=torch.Generator().manual_seed(6)) for name, p in model().named_parameters()}
+    found = {
+        f"combine {name}": Descend(forget, retain, combine=combiner, optimizer=SGD(0.05, 0.9, 0.01), **common)
+        for name, combiner in combiners().items()
+    }
+    weights = {
+        name: torch.rand(p.shape, generator=torch.Generator().manual_seed(6)) for name, p in model().named_parameters()
+    }
     anchor = {name: p.detach() for name, p in model().named_parameters()}
     found |= {
-        "adamw": Descend(forget, retain, combine=Clip(OneSidedProjection()), optimizer=AdamW(0.01, weight_decay=0.1), **common),
+        "adamw": Descend(
+            forget, retain, combine=Clip(OneSidedProjection()), optimizer=AdamW(0.01, weight_decay=0.1), **common
+        ),
         "teacher": Descend(NPO(), Distill(), optimizer=SGD(0.05), **common),
         "whole": Descend(forget, retain, optimizer=SGD(0.05), steps=3, batch=9, guard=Guard(checks=3), watch=1),
         "one row": Descend(forget, retain, optimizer=SGD(0.05), steps=2, batch=1),
-        "stopped": Descend(SimNPO(beta=0.1), optimizer=SGD(0.05), steps=12, batch=9, guard=Guard(rise=0.05, checks=12, patience=1)),
-        "penalties": Descend(forget, retain, others={"sparse": L1(), "size": Norm(), "near": EWC(weights, anchor)},
-                             combine=Weighted({"sparse": 0.01, "size": 0.01}), optimizer=SGD(0.05), **common),
+        "stopped": Descend(
+            SimNPO(beta=0.1), optimizer=SGD(0.05), steps=12, batch=9, guard=Guard(rise=0.05, checks=12, patience=1)
+        ),
+        "penalties": Descend(
+            forget,
+            retain,
+            others={"sparse": L1(), "size": Norm(), "near": EWC(weights, anchor)},
+            combine=Weighted({"sparse": 0.01, "size": 0.01}),
+            optimizer=SGD(0.05),
+            **common,
+        ),
     }
     return found
 
 
-def outcome_of(plan: Descend, shard: Callable[[nn.Module], nn.Module] | None = None, out: Path | None = None) -> dict[str, Any]:
+def outcome_of(
+    plan: Descend, shard: Callable[[nn.Module], nn.Module] | None = None, out: Path | None = None
+) -> dict[str, Any]:
     """Final weights, losses and notes of one plan, all whole."""
     net = model()
     done = unlearn(net, request(), task=TASK, method=plan, scope=scope_of(net), shard=shard, out=out)
@@ -170,8 +198,11 @@ def pieces_of_runtime(shard: Callable[[nn.Module], nn.Module] | None, folder: Pa
         runtime.local(damaged["body.weight"])[-1] = torch.nan
     found = {
         "dot": runtime.dot({n: p.detach() for n, p in named.items()}, other),
-        "level": runtime.threshold(scores, 0.3), "count": both.count(net), "either": either.count(net),
-        "finite": runtime.finite(named), "damaged": runtime.finite(damaged) if shard or runtime.world() == 1 else False,
+        "level": runtime.threshold(scores, 0.3),
+        "count": both.count(net),
+        "either": either.count(net),
+        "finite": runtime.finite(named),
+        "damaged": runtime.finite(damaged) if shard or runtime.world() == 1 else False,
         "gradient": {n: runtime.whole(g).clone() for n, g in gradient.items()},
         "sum": runtime.batch_sum(torch.full((6 // runtime.world(),), 0.25)),
     }
@@ -224,8 +255,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("two")
     source = str(Path(registry.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
     try:
         said = [process.communicate(timeout=LIMIT)[0] for process in started]
     except subprocess.TimeoutExpired:
@@ -295,11 +334,14 @@ def test_functions_of_runtime_and_scope(kind: str, one: dict[str, Any], two: lis
         assert apart(found["gradient"], expected["gradient"]) < 1e-5
         assert torch.equal(found["edited"], expected["edited"])
         assert apart(found["loaded"], expected["loaded"]) == 0
-    assert expected["finite"] and not expected["damaged"]
+    assert expected["finite"]
+    assert not expected["damaged"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_folder_is_written_once_and_read_by_all(kind: str, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
+def test_a_run_folder_is_written_once_and_read_by_all(
+    kind: str, one: dict[str, Any], two: list[dict[str, Any]]
+) -> None:
     for found in (rank[kind] for rank in two):
         assert apart(found["written"]["weights"], found["read"]["weights"]) == 0
         assert apart(found["written"]["weights"], one["written"]["weights"]) < TOLERANCE

@@ -56,10 +56,13 @@ def request() -> Any:
 
 
 def noise(case: Case) -> Case:
-    """A plain function that draws, moves a buffer, freezes a parameter, adds a column and keeps a teacher; no code for resuming."""
+    """A plain function that knows nothing of resuming: draws, moves a buffer, freezes, adds a column, keeps a teacher."""
     key, rng = case.rng.take()
     generator = key.generator()
-    case = edit(case, {n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in case.scope.parameters(case.model).items()})
+    case = edit(
+        case,
+        {n: p + 0.05 * torch.randn(p.shape, generator=generator) for n, p in case.scope.parameters(case.model).items()},
+    )
     case.model.seen.add_(torch.randn(2, generator=generator))
     case.model[1].bias.requires_grad_(False)
     forget = case.request.forget.annotate("weight", torch.rand(len(case.request.forget), generator=generator))
@@ -69,11 +72,15 @@ def noise(case: Case) -> Case:
 
 def surgery(case: Case) -> Case:
     """A plain function with two Descends in it and a draw between them."""
-    first = Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=Adam(0.01), steps=2, batch=6, guard=Guard(checks=2))
+    first = Descend(
+        SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=Adam(0.01), steps=2, batch=6, guard=Guard(checks=2)
+    )
     case = first(case)
     key, rng = case.rng.take()
     case = replace(case, rng=rng)
-    case = edit(case, {"0.weight": case.model[0].weight.detach() * (1 + 0.01 * torch.rand((), generator=key.generator()))})
+    case = edit(
+        case, {"0.weight": case.model[0].weight.detach() * (1 + 0.01 * torch.rand((), generator=key.generator()))}
+    )
     return first(case)
 
 
@@ -96,10 +103,18 @@ def narrow(case: Case) -> Case:
 
 
 def long_chain() -> Stage:
-    live = Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9, 0.01), steps=3, batch=8, norm_stats="live", schedule=Cosine())
+    live = Descend(
+        RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9, 0.01), steps=3, batch=8, norm_stats="live", schedule=Cosine()
+    )
     turns = Alternate((Turn(("forget",), 1), Turn(("retain",), 2)))
-    return chain(Saliency(0.5), live, chain(noise, surgery),
-                 Descend(RandomLabel(), Distill("noisy"), combine=turns, optimizer=AdamW(0.01, weight_decay=0.1), steps=3, batch=5))
+    return chain(
+        Saliency(0.5),
+        live,
+        chain(noise, surgery),
+        Descend(
+            RandomLabel(), Distill("noisy"), combine=turns, optimizer=AdamW(0.01, weight_decay=0.1), steps=3, batch=5
+        ),
+    )
 
 
 def structural_chain() -> Stage:
@@ -175,6 +190,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Killer]:
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [0.0, 1e9], ids=["each step written", "stage entries written"])
 @pytest.mark.parametrize("name", list(CHAINS))
 def test_killed_at_every_moment(name: str, every: float, killer: Killer, tmp_path: Path) -> None:
@@ -207,7 +223,9 @@ def test_killed_again_and_again(killer: Killer, tmp_path: Path) -> None:
             continue
         assert_same(resumed, undisturbed)
         return
-    pytest.fail("thirty lives of at most twelve moments each did not finish the run: it does not go on from where it was")
+    pytest.fail(
+        "thirty lives of at most twelve moments each did not finish the run: it does not go on from where it was"
+    )
 
 
 def test_resuming_spends_no_step_twice(killer: Killer, tmp_path: Path) -> None:
@@ -239,8 +257,11 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         other[0].weight[0, 0] += 1.0
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("seed", {"seed": 1}), ("settings", {"method": Descend(retain=NLL(), steps=3, batch=4)}), ("weights", {"model": other}),
-        ("scope", {"scope": ["0.*"]}), ("data", {"request": split((torch.zeros(9, 4), torch.zeros(9).long()), forget=[1])}),
+        ("seed", {"seed": 1}),
+        ("settings", {"method": Descend(retain=NLL(), steps=3, batch=4)}),
+        ("weights", {"model": other}),
+        ("scope", {"scope": ["0.*"]}),
+        ("data", {"request": split((torch.zeros(9, 4), torch.zeros(9).long()), forget=[1])}),
     ]
     for word, change in changes:
         call = {"model": model(), "request": request(), "task": TASK, "method": stage, **change}
@@ -280,7 +301,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path: Path, killer:
 
 
 def test_round_trip_of_a_nest() -> None:
-    tree = {"a": [1, 2.5, None, True, "x", (torch.arange(3), float("inf"))], 3: {"b": torch.zeros(0, 2)}, "t": torch.tensor(7)}
+    tree = {
+        "a": [1, 2.5, None, True, "x", (torch.arange(3), float("inf"))],
+        3: {"b": torch.zeros(0, 2)},
+        "t": torch.tensor(7),
+    }
     plain, tensors = journal.pack(tree)
     back = journal.unpack(json.loads(json.dumps(plain)), tensors)
     assert back["a"][:5] == tree["a"][:5]
@@ -295,8 +320,11 @@ def test_round_trip_of_a_nest() -> None:
 
 def killed_run(folder: Path, out: Path) -> None:
     """The work of one child process."""
-    stage = chain(Saliency(0.5), Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9), steps=15, batch=8),
-                  Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=AdamW(0.01), steps=15, batch=8))
+    stage = chain(
+        Saliency(0.5),
+        Descend(RandomLabel(), NLL(), optimizer=SGD(0.05, 0.9), steps=15, batch=8),
+        Descend(SimNPO(), NLL(), combine=ImplicitSurgery(), optimizer=AdamW(0.01), steps=15, batch=8),
+    )
     done = unlearn(model(64), request(), task=TASK, method=stage, seed=5, out=out, every=0.0)
     journal.save_tree(folder / f"{out.name}.result", {n: p.detach() for n, p in done.model.named_parameters()})
 
@@ -335,15 +363,24 @@ def kill_twenty_times(folder: Path, seed: int) -> None:
         for path in out.glob("checkpoint/*.safetensors"):
             journal.load_tree(path)  # whole, or this process fails
             seen["files"] += 1
-        seen["statuses"].append(os.waitstatus_to_exitcode(os.waitpid(child(lambda out=out: killed_run(folder, out)), 0)[1]))  # type: ignore[misc]
+        seen["statuses"].append(
+            os.waitstatus_to_exitcode(os.waitpid(child(lambda out=out: killed_run(folder, out)), 0)[1])
+        )  # type: ignore[misc]
     (folder / "seen.json").write_text(json.dumps(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test forks its processes")
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(registry.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    program = subprocess.run([sys.executable, __file__, str(tmp_path), "11"], env=environment, capture_output=True, text=True,
-                             timeout=120, check=False)
+    program = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), "11"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert program.returncode == 0, program.stderr[-3000:]
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["statuses"] == [0] * 20, program.stderr[-3000:]

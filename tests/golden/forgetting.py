@@ -23,19 +23,19 @@ def small(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, ex.Request]:
 
 
 @functools.cache
-def digits(label: int, without: bool = False) -> tuple[nn.Module, ex.Request]:
-    """A network on 700 handwritten digits of 8 x 8, and the request to forget one class; `without`: never shown it."""
+def digits(label: int) -> tuple[nn.Module, ex.Request]:
+    """A network on 700 handwritten digits of 8 x 8, and the request to forget one class."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     x, y = torch.tensor(found.images / 16, dtype=torch.float32).flatten(1)[:700], torch.tensor(found.target)[:700]
-    shown = y != label if without else torch.ones_like(y, dtype=torch.bool)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    model = fitted(model, x[shown], y[shown], 200, 3e-3, torch.Generator().manual_seed(label))
+    model = fitted(model, x, y, 200, 3e-3, torch.Generator().manual_seed(label))
     return model, ex.split((x, y), forget=f"label == {label}")
 
 
-def fitted(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float, generator: torch.Generator) -> nn.Module:
+def fitted(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float,
+           generator: torch.Generator) -> nn.Module:
     """The model trained with Adam on batches of 64, from weights drawn from `generator`."""
     with torch.no_grad():
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""Fisher information, mean gradients and inverse Fisher products, against loops, dense inverses and literal recursions."""
+"""Fisher information, mean gradients, inverse Fisher products: against loops, dense inverses, literal recursions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge import curvature
-from expunge.core import Case, Data, Key, Refused, Request
+from expunge.core import Case, Data, Refused, Request
 from expunge.curvature import fisher, mean_gradient, released, woodfisher_exact
 from expunge.data.sources import as_data
 from expunge.objectives import NLL
@@ -36,7 +36,7 @@ def setting(scope: Scope | None = None) -> tuple[Case, Data]:
     return Case(model.train(), Request(forget=data), Classification(3), scope or Scope.all(model)), data
 
 
-def singles(case: Case, weighted: Tensor | None = None) -> Tensor:
+def singles(case: Case) -> Tensor:
     """[n, P]: each example differentiated on its own with torch alone, in eval mode."""
     model = case.model
     model.eval()
@@ -54,12 +54,14 @@ def flat(grads: dict[str, Tensor], case: Case) -> Tensor:
 
 def random_vector(case: Case) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in case.model.named_parameters()}
+    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            for name, p in case.model.named_parameters()}
 
 
 def test_fisher_is_the_mean_of_squared_single_example_gradients() -> None:
     case, data = setting()
-    torch.testing.assert_close(flat(fisher(case, data, NLL()), case), singles(case).square().mean(0), rtol=1e-12, atol=0)
+    found = flat(fisher(case, data, NLL()), case)
+    torch.testing.assert_close(found, singles(case).square().mean(0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
@@ -83,8 +85,9 @@ def test_a_weight_column_is_respected() -> None:
     weight = torch.rand(ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight[:3] = 0.0
     weighed, share, rows = data.annotate("weight", weight), weight / weight.sum(), singles(case)
-    torch.testing.assert_close(flat(fisher(case, weighed, NLL(), 5), case), share @ rows.square(), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(flat(mean_gradient(case, weighed, NLL(), 5), case), share @ rows, rtol=1e-12, atol=1e-15)
+    squared, mean = (flat(of(case, weighed, NLL(), 5), case) for of in (fisher, mean_gradient))
+    torch.testing.assert_close(squared, share @ rows.square(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(mean, share @ rows, rtol=1e-12, atol=1e-15)
     vector, damping = random_vector(case), 0.05
     dense = damping * torch.eye(rows.shape[1], dtype=torch.float64) + rows.T @ (share[:, None] * rows)
     found = flat(woodfisher_exact(case, weighed, NLL(), vector, damping), case)
@@ -96,7 +99,8 @@ def test_a_weight_column_is_respected() -> None:
 @pytest.mark.parametrize("chunk", [1, 6, 1000])
 def test_mean_gradient_equals_the_gradient_of_the_mean(chunk: int) -> None:
     case, data = setting()
-    torch.testing.assert_close(flat(mean_gradient(case, data, NLL(), chunk), case), singles(case).mean(0), rtol=1e-12, atol=1e-15)
+    found = flat(mean_gradient(case, data, NLL(), chunk), case)
+    torch.testing.assert_close(found, singles(case).mean(0), rtol=1e-12, atol=1e-15)
 
 
 def test_out_of_scope_is_zero_or_absent() -> None:

@@ -44,18 +44,18 @@ def weight(model: nn.Module) -> Tensor:
 
 def test_influence_equals_newton_step_on_a_quadratic() -> None:
     model, request, closed = quadratic()
-    stage = methods.influence(scale=1.0, damping=1e-10, rise=1.0)
+    stage = methods.influence(scale=1.0, damping=1e-6, rise=1.0)  # which leaves an error of the order of 1e-6
     outcome = ex.unlearn(model, request, task=tasks()["regression"](), method=stage)
     assert float((weight(model) - closed).norm()) > 0.05
-    torch.testing.assert_close(weight(outcome.model), closed, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(weight(outcome.model), closed, rtol=3e-6, atol=3e-6)
 
 
 def test_the_step_is_linear_in_its_scale_and_zero_is_the_identity() -> None:
     model, request, closed = quadratic()
     task = tasks()["regression"]()
-    half, none = (ex.unlearn(model, request, task=task, method=methods.influence(scale=scale, damping=1e-10, rise=1.0)).model
-                  for scale in (0.5, 0.0))
-    torch.testing.assert_close(weight(half), (weight(model) + closed) / 2, rtol=1e-8, atol=1e-8)
+    stages = [methods.influence(scale=scale, damping=1e-6, rise=1.0) for scale in (0.5, 0.0)]
+    half, none = (ex.unlearn(model, request, task=task, method=stage).model for stage in stages)
+    torch.testing.assert_close(weight(half), (weight(model) + closed) / 2, rtol=3e-6, atol=3e-6)
     assert torch.equal(weight(none), weight(model))
 
 
@@ -65,7 +65,8 @@ def test_damping_shortens_the_step_as_a_ridge_would() -> None:
     x, residual = batch["x"], batch["x"] @ weight(model).T - batch["y"]
     hessian = x.T @ x / 40 + 0.7 * torch.eye(3, dtype=torch.float64)
     expected = weight(model) - torch.linalg.solve(hessian, (x * residual).mean(0))
-    outcome = ex.unlearn(model, request, task=tasks()["regression"](), method=methods.influence(scale=1.0, damping=0.7, rise=1.0))
+    stage = methods.influence(scale=1.0, damping=0.7, rise=1.0)
+    outcome = ex.unlearn(model, request, task=tasks()["regression"](), method=stage)
     torch.testing.assert_close(weight(outcome.model), expected[None].reshape(1, 3), rtol=1e-8, atol=1e-8)
 
 
@@ -81,13 +82,17 @@ def test_the_released_recursion_steps_along_v_and_the_first_gradient() -> None:
     assert float(cosines.abs().max()) > 1 - 1e-9  # v less a multiple of ONE example's gradient
 
 
+def mean_loss(model: nn.Module, data: ex.Data) -> float:
+    batch = next(iter(data.batches(len(data))))
+    return float(nn.functional.cross_entropy(model(batch["x"]), batch["y"]).detach())
+
+
 @pytest.mark.parametrize("recursion", ["exact", "released"])
 def test_the_forget_loss_rises(recursion: str) -> None:
     model, request = small()
     stage = methods.influence(recursion=recursion, rise=0.5)
     outcome = ex.unlearn(model, request, task=ex.Classification(3), method=stage)
-    batch = next(iter(request.forget.batches(100)))
-    before, after = (float(nn.functional.cross_entropy(m(batch["x"]), batch["y"]).detach()) for m in (model, outcome.model))
+    before, after = (mean_loss(m, request.forget) for m in (model, outcome.model))
     assert after > before + 0.05
 
 
@@ -95,9 +100,8 @@ def test_a_step_too_long_is_shortened_and_says_so() -> None:
     model, request = small()
     outcome = ex.unlearn(model, request, task=ex.Classification(3), method=methods.influence(scale=50.0, rise=0.02))
     assert any("scale was lowered from 50" in note for note in outcome.notes)
-    batch = next(iter(request.retain.batches(100)))
-    before, after = (float(nn.functional.cross_entropy(m(batch["x"]), batch["y"]).detach()) for m in (model, outcome.model))
-    assert before < after <= before + 0.02 * (math.log(3) - before) + 1e-9
+    before, after = (mean_loss(m, request.retain) for m in (model, outcome.model))
+    assert after <= before + 0.02 * (math.log(3) - before) + 1e-9
 
 
 def test_only_the_scope_moves() -> None:
@@ -107,7 +111,8 @@ def test_only_the_scope_moves() -> None:
     assert moved == ["2.bias"]
 
 
-@pytest.mark.parametrize(("recursion", "samples"), [("exact", 1000), ("exact", 30), ("released", 30), ("released", 1000)])
+@pytest.mark.parametrize("recursion", ["exact", "released"])
+@pytest.mark.parametrize("samples", [30, 1000])
 def test_rows_are_those_declared(recursion: str, samples: int) -> None:
     model, request = small()
     stage = methods.influence(recursion=recursion, samples=samples)

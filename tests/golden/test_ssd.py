@@ -40,8 +40,8 @@ def pairs(data: ex.Data) -> list[tuple[Tensor, Tensor]]:
 def test_ssd_importances_equal_squared_single_example_gradients(strength: float, exponent: float) -> None:
     model, request = small(torch.float32)
     forget, whole = by_hand(model, pairs(request.forget)), by_hand(model, pairs(request.forget) + pairs(request.retain))
-    outcome = ex.unlearn(model, request, task=TASK, method=methods.ssd(threshold=1.5, strength=strength, exponent=exponent,
-                                                                       rise=1.0))
+    stage = methods.ssd(threshold=1.5, strength=strength, exponent=exponent, rise=1.0)
+    outcome = ex.unlearn(model, request, task=TASK, method=stage)
     assert not outcome.notes
     moved = 0
     for name, w in weights(model).items():
@@ -65,7 +65,8 @@ def test_threshold_above_inverse_forget_share_selects_nothing_and_says_so() -> N
     share = len(request.forget) / (len(request.forget) + len(request.retain))
     outcome = ex.unlearn(model, request, task=TASK, method=methods.ssd(threshold=1 / share))
     assert all(torch.equal(w, weights(model)[n]) for n, w in weights(outcome.model).items())
-    assert any("no weight was selected" in note and f"1 / {share:.3g} = {1 / share:.4g}" in note for note in outcome.notes)
+    (note,) = [note for note in outcome.notes if "no weight was selected" in note]
+    assert f"1 / {share:.3g} = {1 / share:.4g}" in note
     forget, whole = by_hand(model, pairs(request.forget)), by_hand(model, pairs(request.forget) + pairs(request.retain))
     largest = max(float((forget[n] / whole[n]).nan_to_num().max()) for n in forget)
     assert largest <= 1 / share * (1 + 1e-12)
@@ -75,9 +76,10 @@ def test_threshold_above_inverse_forget_share_selects_nothing_and_says_so() -> N
 
 def test_the_default_threshold_selects_its_share_of_the_weights_in_use() -> None:
     model, request = small()
+    used = sum(w.numel() for w in weights(model).values()) - 6  # a dead input: 6 weights
     for share in (0.05, 0.2):
         outcome = ex.unlearn(model, request, task=TASK, method=methods.ssd(share=share, rise=1.0))
-        row, used = outcome.record["history"][0], sum(w.numel() for w in weights(model).values()) - 6  # a dead input: 6 weights
+        row = outcome.record["history"][0]
         assert row["selected"] == round(share * used)
         assert 1.0 <= row["threshold"] < 1 / row["forget_share"]
 
@@ -86,7 +88,7 @@ def test_zero_importance_is_never_selected() -> None:
     model, request = small()  # its last input is 0 in every example: the weights of that input matter to none
     outcome = ex.unlearn(model, request, task=TASK, method=methods.ssd(threshold=0.0, rise=1.0, strength=0.0))
     assert torch.equal(weights(outcome.model)["0.weight"][:, -1], weights(model)["0.weight"][:, -1])
-    assert float(weights(outcome.model)["0.weight"][:, :-1].abs().max()) == 0.0  # strength 0: every selected one is zeroed
+    assert float(weights(outcome.model)["0.weight"][:, :-1].abs().max()) == 0.0  # strength 0 zeroes the selected
 
 
 def test_zero_exponent_is_the_identity() -> None:
@@ -104,9 +106,8 @@ def test_only_the_scope_moves() -> None:
 
 def test_the_guard_lowers_the_exponent_and_says_so() -> None:
     model, request = small()
-    harsh = {"threshold": 0.5, "strength": 0.0}
-    free = ex.unlearn(model, request, task=TASK, method=methods.ssd(rise=1.0, **harsh))
-    held = ex.unlearn(model, request, task=TASK, method=methods.ssd(rise=0.02, threshold=0.5, strength=0.05))
+    free, held = (ex.unlearn(model, request, task=TASK, method=methods.ssd(rise=rise, threshold=0.5, strength=0.05))
+                  for rise in (1.0, 0.02))
     assert any("exponent was lowered from 1" in note for note in held.notes)
     x, y = (torch.stack(part) for part in zip(*pairs(request.retain), strict=True))
     before, wild, kept = (float(F.cross_entropy(m(x), y).detach()) for m in (model, free.model, held.model))

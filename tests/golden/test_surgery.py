@@ -11,16 +11,17 @@ from forgetting import accuracy, digits, small
 from torch import Tensor, nn
 
 import expunge as ex
-import expunge.objectives
 from expunge import methods
 from expunge.combine import Clip, OneSidedProjection, Weighted
 from expunge.core import Batch, Case, Key, Refused
+from expunge.objectives import NLL, RandomLabel
 from expunge.optim import SGD
 from expunge.oracle import Draws, On, Oracle, differentiable
 from expunge.registry import methods as registered
 from expunge.scope import Scope
 
 torch.set_num_threads(1)
+TASK = ex.Classification(3)
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ def test_eupmu_explicit_satisfies_constraint(tolerance: float) -> None:
     for _ in range(100):
         theta, a, b, other = torch.randn(4, 3, generator=generator, dtype=torch.float64)
         theta = 0.2 * theta  # about as often in conflict as not
-        d = direction(OneSidedProjection(tolerance, max_multiplier=math.inf), theta, tuple(a.tolist()), tuple(b.tolist()))
+        rule = OneSidedProjection(tolerance, max_multiplier=math.inf)
+        d = direction(rule, theta, tuple(a.tolist()), tuple(b.tolist()))
         forget, retain = theta - a, theta - b
         assert float(d @ retain) >= -tolerance - 1e-9
         if float(forget @ retain) >= -tolerance:
-            torch.testing.assert_close(d, forget, rtol=1e-12, atol=1e-12)  # no conflict: the retain gradient is NOT added
+            torch.testing.assert_close(d, forget, rtol=1e-12, atol=1e-12)  # no conflict: no retain gradient
         else:
             conflicts += 1
             assert float(d @ retain) == pytest.approx(-tolerance, abs=1e-9)
@@ -80,16 +82,17 @@ def test_eupmu_explicit_satisfies_constraint(tolerance: float) -> None:
 
 def test_tolerance_sign_allows_a_rise_when_positive() -> None:
     theta, a, b = torch.zeros(2, dtype=torch.float64), (1.0, 0.0), (-1.0, 0.5)
-    slopes = [-float(direction(OneSidedProjection(t), theta, a, b) @ (theta - torch.tensor(b))) for t in (-0.4, 0.0, 0.4)]
+    retain = theta - torch.tensor(b)
+    slopes = [-float(direction(OneSidedProjection(t), theta, a, b) @ retain) for t in (-0.4, 0.0, 0.4)]
     assert slopes == pytest.approx([-0.4, 0.0, 0.4])  # rise of the retain loss per unit step
 
 
 def test_large_tolerance_is_the_pure_forget_step() -> None:
     model, request = small()
     settings = {"steps": 3, "batch": 16, "optimizer": SGD(0.1, 0.0)}
-    plain = ex.Descend(forget=ex.objectives.RandomLabel(), combine=Weighted(), **settings)
-    cut = ex.Descend(forget=ex.objectives.RandomLabel(), retain=ex.objectives.NLL(), combine=OneSidedProjection(1e6), **settings)
-    first, second = (ex.unlearn(model, request, task=ex.Classification(3), method=stage).model for stage in (plain, cut))
+    plain = ex.Descend(forget=RandomLabel(), combine=Weighted(), **settings)
+    cut = ex.Descend(forget=RandomLabel(), retain=NLL(), combine=OneSidedProjection(1e6), **settings)
+    first, second = (ex.unlearn(model, request, task=TASK, method=stage).model for stage in (plain, cut))
     assert all(torch.equal(p, second.get_parameter(n)) for n, p in first.named_parameters())
 
 
@@ -102,10 +105,10 @@ def test_clip_is_after_combination() -> None:
 
 
 def test_first_order_promise_holds_on_the_batch_it_was_made_on() -> None:
-    model, request = small()
-    stage = ex.Descend(forget=ex.objectives.Ascent(), retain=ex.objectives.NLL(), combine=Clip(OneSidedProjection(0.0), 1.0),
+    model, request = small()  # at the optimum of all data, the gradients of its parts are opposed
+    stage = ex.Descend(forget=NLL(), retain=NLL(), combine=Clip(OneSidedProjection(0.0), 1.0),
                        optimizer=SGD(1e-4, 0.0), steps=30, batch=80, watch=1)
-    rows = ex.unlearn(model, request, task=ex.Classification(3), method=stage).record["history"]
+    rows = ex.unlearn(model, request, task=TASK, method=stage).record["history"]
     active = [row for row in rows if row["multiplier"] > 0]
     assert active, "no step was in conflict: the test would show nothing"
     for row in active:
@@ -115,17 +118,19 @@ def test_first_order_promise_holds_on_the_batch_it_was_made_on() -> None:
 
 def test_zero_steps_are_the_identity_and_only_the_scope_moves() -> None:
     model, request = small()
-    none = ex.unlearn(model, request, task=ex.Classification(3), method=methods.surgery(steps=0)).model
+    none = ex.unlearn(model, request, task=TASK, method=methods.surgery(steps=0)).model
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in none.named_parameters())
-    some = ex.unlearn(model, request, task=ex.Classification(3), method=methods.surgery(steps=3), scope=["2.*"]).model
-    assert sorted(n for n, p in some.named_parameters() if not torch.equal(p, model.get_parameter(n))) == ["2.bias", "2.weight"]
+    some = ex.unlearn(model, request, task=TASK, method=methods.surgery(steps=3), scope=["2.*"]).model
+    moved = {n for n, p in some.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert moved == {"2.bias", "2.weight"}
 
 
 def test_rows_are_those_declared() -> None:
     model, request = small()
     stage = methods.surgery()
-    cost = ex.unlearn(model, request, task=ex.Classification(3), method=stage).record["cost"]
-    assert {"forward": cost["forward"], "backward": cost["backward"]} == registered()["surgery"].rows(dict(stage.settings), 20, 80)
+    cost = ex.unlearn(model, request, task=TASK, method=stage).record["cost"]
+    declared = registered()["surgery"].rows(dict(stage.settings), 20, 80)
+    assert {"forward": cost["forward"], "backward": cost["backward"]} == declared
 
 
 def test_a_bad_setting_is_refused() -> None:

@@ -102,7 +102,9 @@ def test_resampled_statistics_equal_brute_force() -> None:
     assert np.allclose(intervals.resampled_auc(ours, theirs, 20, keys), wanted, atol=1e-12)
     assert np.allclose(intervals.resampled_mean(ours, 20, keys[0]), ours[first].mean(1))
     weights = rng.random(31)
-    assert np.allclose(intervals.resampled_ratio(ours, weights, 20, keys[0]), [ours[a].sum() / weights[a].sum() for a in first])
+    assert np.allclose(
+        intervals.resampled_ratio(ours, weights, 20, keys[0]), [ours[a].sum() / weights[a].sum() for a in first]
+    )
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.1, 0.4])

@@ -1,4 +1,4 @@
-"""Measures on models whose every answer is written down, and on real ones that forgot nothing, everything, or never learnt."""
+"""Measures on models whose every answer is written down: forgot nothing, too much, random; and on real ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from expunge.audit import judge
 from expunge.audit import report as reporting
-from expunge.audit.accuracy import forget_accuracy, forget_loss, forgotten_class_accuracy, retain_accuracy, test_accuracy
+from expunge.audit.accuracy import (
+    forget_accuracy,
+    forget_loss,
+    forgotten_class_accuracy,
+    retain_accuracy,
+    test_accuracy,
+)
 from expunge.audit.cost import backward_rows, seconds
 from expunge.audit.distance import average_gap, average_gap_each, floor, forget_output_distance, jensen_shannon, points
 from expunge.audit.membership import (
@@ -64,9 +70,13 @@ def answers(seed: int, forget: float, retain: float = 0.95, test: float = 0.9, s
     return Answers(torch.tensor(logits))
 
 
-def subject(after: nn.Module, before: nn.Module | None = None, references: tuple[nn.Module, ...] = (), **changes: object) -> Subject:
+def subject(
+    after: nn.Module, before: nn.Module | None = None, references: tuple[nn.Module, ...] = (), **changes: object
+) -> Subject:
     data = as_data((torch.arange(TOTAL)[:, None].float(), labels()))
-    parts = [data.select(torch.arange(*ends)) for ends in ((0, FORGET), (FORGET, FORGET + RETAIN), (FORGET + RETAIN, TOTAL))]
+    parts = [
+        data.select(torch.arange(*ends)) for ends in ((0, FORGET), (FORGET, FORGET + RETAIN), (FORGET + RETAIN, TOTAL))
+    ]
     request = Request(forget=parts[0], retain=parts[1])
     made = Subject(before or after, after, request, Classification(C), parts[2], references, draws=200)
     return replace(made, **changes)
@@ -84,8 +94,11 @@ def test_accuracies_are_counts() -> None:
     model = answers(0, 0.37)
     right = (model.logits.argmax(1) == labels()).double()
     made = subject(model)
-    for measure, part in ((forget_accuracy, right[:FORGET]), (retain_accuracy, right[FORGET:FORGET + RETAIN]),
-                          (test_accuracy, right[FORGET + RETAIN:])):
+    for measure, part in (
+        (forget_accuracy, right[:FORGET]),
+        (retain_accuracy, right[FORGET : FORGET + RETAIN]),
+        (test_accuracy, right[FORGET + RETAIN :]),
+    ):
         reading = measure(made)
         assert reading.value == pytest.approx(100 * float(part.mean()))
         assert reading.low < reading.value < reading.high
@@ -111,8 +124,8 @@ def test_a_forgotten_class_leaves_the_test_set() -> None:
     retain = made.request.retain.select(torch.nonzero(labels()[:RETAIN] != 2).flatten())
     made = replace(made, request=Request(forget=forget, retain=retain))
     assert made.forgotten_classes() == (2,)
-    right = (made.after.logits.argmax(1) == labels())[FORGET + RETAIN:].double()
-    gone = labels()[FORGET + RETAIN:] == 2
+    right = (made.after.logits.argmax(1) == labels())[FORGET + RETAIN :].double()
+    gone = labels()[FORGET + RETAIN :] == 2
     assert test_accuracy(made).value == pytest.approx(100 * float(right[~gone].mean()))
     assert forgotten_class_accuracy(made).value == pytest.approx(100 * float(right[gone].mean()))
     assert test_accuracy(made).n + forgotten_class_accuracy(made).n == len(everything)
@@ -139,14 +152,14 @@ def test_lost_utility_is_a_failure() -> None:
 
 
 def test_retrained_models_pass_their_own_audit() -> None:
-    """Of 60 held-out retrained models about one in twenty is called a failure, for 3, 4 and 5 references."""
+    """Of 36 held-out retrained models about one in twenty is called a failure, for 3, 4 and 5 references."""
     flagged = 0
-    for trial in range(20):
+    for trial in range(12):
         for count in (3, 4, 5):
             models = [answers(1000 + 10 * trial + i, 0.6) for i in range(count + 1)]
-            row = reporting.measured(subject(models[0], None, tuple(models[1:]), draws=100), "m", "method")
+            row = reporting.measured(subject(models[0], None, tuple(models[1:]), draws=60), "m", "method")
             flagged += any(word in row.verdict for word in judge.FAILURES)
-    assert flagged <= 9  # P(more | 1 in 20) < 0.2 %
+    assert flagged <= 6  # P(more | 1 in 20) < 0.3 %
 
 
 def test_a_random_model() -> None:
@@ -164,7 +177,7 @@ def test_membership_auc_equals_sklearn_and_survives_saturation() -> None:
     others = logits.scatter(1, labels()[:, None], -math.inf).logsumexp(1)
     margin = (confidence - (others - logits.logsumexp(1))).numpy()
     truth = np.r_[np.ones(FORGET), np.zeros(TEST)]
-    wanted = roc_auc_score(truth, np.r_[margin[:FORGET], margin[FORGET + RETAIN:]])
+    wanted = roc_auc_score(truth, np.r_[margin[:FORGET], margin[FORGET + RETAIN :]])
     assert membership_auc(made).value == pytest.approx(wanted, abs=1e-9)
 
 
@@ -181,11 +194,15 @@ def test_two_sided_membership_sees_what_one_side_cannot() -> None:
 def test_modified_entropy_uses_one_minus_p() -> None:
     rng = np.random.default_rng(6)
     p, y = rng.dirichlet(np.ones(5) / 2, 40), rng.integers(0, 5, 40)
-    wanted = [-(1 - row[k]) * math.log(row[k]) - sum(row[i] * math.log(1 - row[i]) for i in range(5) if i != k)
-              for row, k in zip(p, y, strict=True)]
+    wanted = [
+        -(1 - row[k]) * math.log(row[k]) - sum(row[i] * math.log(1 - row[i]) for i in range(5) if i != k)
+        for row, k in zip(p, y, strict=True)
+    ]
     assert np.allclose(modified_entropy(p, y), wanted, rtol=1e-9)
-    copied = [-(1 - row[k]) * math.log(row[k]) - sum(row[i] * math.log(row[i]) for i in range(5) if i != k)
-              for row, k in zip(p, y, strict=True)]
+    copied = [
+        -(1 - row[k]) * math.log(row[k]) - sum(row[i] * math.log(row[i]) for i in range(5) if i != k)
+        for row, k in zip(p, y, strict=True)
+    ]
     assert not np.allclose(modified_entropy(p, y), copied, rtol=0.1)
 
 
@@ -193,7 +210,7 @@ def test_one_column_per_row() -> None:
     """A batch equals its rows one by one: the label of one row must not touch another's."""
     rng = np.random.default_rng(7)
     p, y = rng.dirichlet(np.ones(6), 30), rng.integers(0, 6, 30)
-    alone = [modified_entropy(p[i:i + 1], y[i:i + 1])[0] for i in range(30)]
+    alone = [modified_entropy(p[i : i + 1], y[i : i + 1])[0] for i in range(30)]
     assert np.allclose(modified_entropy(p, y), alone, rtol=1e-12)
 
 
@@ -209,8 +226,10 @@ def test_the_threshold_is_the_best_there_is() -> None:
     rng = np.random.default_rng(8)
     for _ in range(20):
         members, others = rng.integers(2, 9, 15).astype(float), rng.integers(0, 7, 12).astype(float)
+
         def balanced(t: float, m: np.ndarray = members, o: np.ndarray = others) -> float:
             return float((m >= t).mean() + (o < t).mean())
+
         every = [balanced(t) for t in np.arange(-1, 11, 0.5)]
         assert balanced(best_threshold(members, others)) == pytest.approx(max(every))
 
@@ -261,8 +280,10 @@ def test_average_gap_by_hand() -> None:
         logits = model.logits.detach()
         right = (logits.argmax(1) == labels()).double().numpy()
         p = logits.softmax(1).gather(1, labels()[:, None])[:, 0].numpy()
-        auc = roc_auc_score(truth, np.r_[p[:FORGET], p[FORGET + RETAIN:]])
-        return 100 * np.array([right[:FORGET].mean(), right[FORGET:FORGET + RETAIN].mean(), right[FORGET + RETAIN:].mean(), auc])
+        auc = roc_auc_score(truth, np.r_[p[:FORGET], p[FORGET + RETAIN :]])
+        return 100 * np.array(
+            [right[:FORGET].mean(), right[FORGET : FORGET + RETAIN].mean(), right[FORGET + RETAIN :].mean(), auc]
+        )
 
     mine, *theirs = (metrics(model) for model in models)
     made = subject(models[0], None, models[1:])
@@ -280,12 +301,12 @@ def test_average_gap_by_hand() -> None:
 def test_gap_interval_covers_the_true_gap() -> None:
     """True metrics are known up to the AUC, which is left out with the test data: |0.75 - 0.6|, |0.95 - 0.95|."""
     truth, hits = 100 * (0.15 + 0.0) / 2, 0
-    for trial in range(60):
+    for trial in range(40):
         references = tuple(answers(5000 + 10 * trial + i, 0.6) for i in range(4))
         made = subject(answers(5009 + 10 * trial, 0.75), None, references, test=None, key=Key(trial))
         reading = average_gap(made)
         hits += reading.low <= truth <= reading.high
-    assert hits >= 54
+    assert hits >= 36
 
 
 def test_the_same_key_gives_the_same_bits() -> None:
@@ -297,7 +318,9 @@ def test_the_same_key_gives_the_same_bits() -> None:
 
 def test_cost_is_read_from_the_record() -> None:
     prices = ({"seconds": 8.0, "backward": 400}, {"cost": {"seconds": 12.0, "backward": 400}})
-    made = subject(answers(0, 0.5), record={"cost": {"seconds": 2.5, "backward": 100, "forward": 300}}, retrain_records=prices)
+    made = subject(
+        answers(0, 0.5), record={"cost": {"seconds": 2.5, "backward": 100, "forward": 300}}, retrain_records=prices
+    )
     assert (seconds(made).value, seconds(made).detail["ratio_to_retraining"]) == (2.5, 0.25)
     assert backward_rows(made).detail["ratio_to_retraining"] == 0.25
     assert seconds(subject(answers(0, 0.5))) is None

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from expunge.surgery import surgery
+from expunge.criteria import surgery
 
 torch.set_num_threads(1)
 

@@ -71,7 +71,8 @@ def _loss(subject: Subject, name: str, data: str) -> Reading | None:
         return None
     found = subject.outputs(data)
     value = float(np.average(found.loss, weights=found.units))
-    samples = intervals.resampled_ratio(found.loss * found.units, found.units, subject.draws,
-                                        subject.key.at("resample", data))
+    samples = intervals.resampled_ratio(
+        found.loss * found.units, found.units, subject.draws, subject.key.at("resample", data)
+    )
     low, high = intervals.percentile(samples)
     return Reading(name, value, low, high, len(found), subject.task.unit)

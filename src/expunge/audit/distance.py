@@ -18,7 +18,7 @@ from expunge.registry import measure
 
 @measure
 def average_gap(subject: Subject) -> Reading | None:
-    """Mean distance, in points, of forget, retain and test accuracy and membership AUC from the mean of retrained models.
+    """Mean distance of forget, retain and test accuracy and membership AUC from the retrained mean, in points.
 
     gap = mean over metrics of |metric(model) - mean over retrained of metric|, the AUC times 100; losses, where a task
     has no labels, are in percent of the loss of knowing nothing. The interval resamples the retrained models, then the
@@ -36,7 +36,7 @@ def average_gap_each(subject: Subject) -> Reading | None:
 
 @measure
 def forget_output_distance(subject: Subject) -> Reading | None:
-    """Jensen-Shannon distance (0 to 1) of the outputs on forget examples from those of each retrained model, on average.
+    """Jensen-Shannon distance (0 to 1) of the outputs on forget examples to those of each retrained model, averaged.
 
     Where a task has no classes, the mean absolute difference of the loss per unit. Bootstrap interval over examples.
     """
@@ -55,19 +55,27 @@ test_output_distance.__test__ = False  # its name begins as a test's does
 def metrics(subject: Subject) -> tuple[str, ...]:
     """The metrics of the average gap that this audit has the data for."""
     kind = "loss" if subject.outputs("forget").correct is None else "accuracy"
-    wanted = [("forget", f"forget_{kind}"), ("retain", f"retain_{kind}"), ("test", f"test_{kind}"), ("test", "membership_auc")]
+    wanted = [
+        ("forget", f"forget_{kind}"),
+        ("retain", f"retain_{kind}"),
+        ("test", f"test_{kind}"),
+        ("test", "membership_auc"),
+    ]
     return tuple(name for data, name in wanted if subject.has(data))
 
 
 def points(subject: Subject, model: nn.Module) -> np.ndarray:
     """[metrics] in points."""
-    return subject.cache.get(model, "points", lambda: np.array([_point(subject, model, name) for name in metrics(subject)]))
+    return subject.cache.get(
+        model, "points", lambda: np.array([_point(subject, model, name) for name in metrics(subject)])
+    )
 
 
 def resampled(subject: Subject, model: nn.Module) -> np.ndarray:
     """[draws, metrics] in points; the same examples in each draw for every model."""
-    return subject.cache.get(model, "resampled", lambda: np.stack(
-        [_samples(subject, model, name) for name in metrics(subject)], axis=1))
+    return subject.cache.get(
+        model, "resampled", lambda: np.stack([_samples(subject, model, name) for name in metrics(subject)], axis=1)
+    )
 
 
 def difference(subject: Subject, name: str) -> tuple[float, float, float] | None:
@@ -140,14 +148,21 @@ def _point(subject: Subject, model: nn.Module, name: str) -> float:
 def _samples(subject: Subject, model: nn.Module, name: str) -> np.ndarray:
     key = subject.key.at("resample")
     if name == "membership_auc":
-        return 100 * intervals.resampled_auc(subject.outputs("forget", model).membership, subject.outputs("test", model).membership,
-                                             subject.draws, (key.at("forget"), key.at("test")))
+        return 100 * intervals.resampled_auc(
+            subject.outputs("forget", model).membership,
+            subject.outputs("test", model).membership,
+            subject.draws,
+            (key.at("forget"), key.at("test")),
+        )
     data = name.split("_")[0]
     outputs = subject.outputs(data, model)
     if outputs.correct is not None:
         return 100 * intervals.resampled_mean(outputs.correct, subject.draws, key.at(data))
-    return 100 / chance(subject) * intervals.resampled_ratio(outputs.loss * outputs.units, outputs.units, subject.draws,
-                                                              key.at(data))
+    return (
+        100
+        / chance(subject)
+        * intervals.resampled_ratio(outputs.loss * outputs.units, outputs.units, subject.draws, key.at(data))
+    )
 
 
 def _picks(subject: Subject, count: int) -> np.ndarray:
@@ -170,7 +185,10 @@ def _gap(subject: Subject, each: bool) -> _Gap:
     count = len(subject.retrained)
     picks, even = _picks(subject, count), np.full((1, count), 1 / count)
     mine, theirs = points(subject, subject.after)[None], np.stack([points(subject, m) for m in subject.retrained])[None]
-    drawn, theirs_drawn = resampled(subject, subject.after), np.stack([resampled(subject, m) for m in subject.retrained], axis=1)
+    drawn, theirs_drawn = (
+        resampled(subject, subject.after),
+        np.stack([resampled(subject, m) for m in subject.retrained], axis=1),
+    )
     if each:
         seen, again = mine[:, None] - theirs, drawn[:, None] - theirs_drawn
     else:
@@ -194,8 +212,18 @@ def _gap_reading(subject: Subject, name: str, each: bool) -> Reading | None:
     if level is None:
         return Reading(name, gap.value, low, high, count, "points", "lower", detail=detail)
     verdict = "within" if gap.value <= level.limit else "outside"
-    return Reading(name, gap.value, low, high, count, "points", "lower", (0.0, level.limit), verdict,
-                   {**detail, "floor": level.value})
+    return Reading(
+        name,
+        gap.value,
+        low,
+        high,
+        count,
+        "points",
+        "lower",
+        (0.0, level.limit),
+        verdict,
+        {**detail, "floor": level.value},
+    )
 
 
 def _distances(subject: Subject, data: str) -> np.ndarray:
@@ -223,4 +251,6 @@ def _distance_reading(subject: Subject, name: str, data: str) -> Reading | None:
     band = intervals.next_interval(between) if count > 2 else (min(between), max(between))
     band = (max(0.0, band[0]), band[1])
     verdict = "outside" if low > band[1] else "within"
-    return Reading(name, float(each.mean()), low, high, len(each), unit, "lower", band, verdict, {"floor": float(np.mean(between))})
+    return Reading(
+        name, float(each.mean()), low, high, len(each), unit, "lower", band, verdict, {"floor": float(np.mean(between))}
+    )

@@ -128,7 +128,7 @@ def resampled_mean(values: ArrayLike, draws: int, key: Key) -> np.ndarray:
 
 
 def resampled_ratio(above: ArrayLike, below: ArrayLike, draws: int, key: Key) -> np.ndarray:
-    """[draws] bootstrap values of sum(above) / sum(below) over examples: a loss per unit. Paired as ``resampled_mean``."""
+    """[draws] bootstrap values of sum(above) / sum(below) over examples: a loss per unit. Paired, as above."""
     top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
     return np.concatenate([top[index].sum(1) / bottom[index].sum(1) for index in choices(len(top), draws, key)])
 
@@ -142,8 +142,9 @@ def resampled_auc(positive: ArrayLike, negative: ArrayLike, draws: int, keys: tu
     rank = np.empty(len(second), dtype=np.int64)
     rank[order] = np.arange(len(second))
     widest, areas = max(len(first), len(second)), []
-    for ours, theirs in zip(choices(len(first), draws, keys[0], widest), choices(len(second), draws, keys[1], widest),
-                            strict=True):
+    for ours, theirs in zip(
+        choices(len(first), draws, keys[0], widest), choices(len(second), draws, keys[1], widest), strict=True
+    ):
         row = np.arange(len(ours))[:, None]
         counts = np.bincount((rank[theirs] + row * len(second)).ravel(), minlength=theirs.size).reshape(theirs.shape)
         below = np.zeros((len(theirs), len(second) + 1))
@@ -159,7 +160,7 @@ def percentile(samples: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def distance_interval(value: float, noise: ArrayLike, level: float = 0.95) -> Interval:
-    """Interval of a mean of absolute differences, which chance only ever makes larger: value -+ a quantile of the noise.
+    """Interval of a mean of absolute differences, which chance makes larger: value -+ a quantile of the noise.
 
     Resampling adds that bias once more, so that a percentile interval of a true 0 never holds 0. By the triangle
     inequality |mean |d| - mean |truth|| <= mean |d - truth|, so this one covers at least as often as it says.

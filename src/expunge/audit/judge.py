@@ -13,14 +13,34 @@ from expunge.audit.subject import Reading, Subject
 
 ENOUGH = 3  # retrained models from which a spread can be told
 FAILURES = ("under-forgot", "over-forgot", "lost utility")
-_ABOVE = {"forget_accuracy": "under-forgot", "forgotten_class_accuracy": "under-forgot", "membership_auc": "under-forgot",
-          "membership_auc_same_class": "under-forgot",
-          "attack_confidence": "over-forgot", "attack_entropy": "over-forgot", "forget_loss": "over-forgot",
-          "retain_accuracy": "above", "test_accuracy": "above", "retain_loss": "lost utility",
-          "test_loss": "lost utility"}
-_DECISIVE = ("forget_accuracy", "retain_accuracy", "test_accuracy", "forget_loss", "retain_loss", "test_loss", "membership_auc")
-_OPPOSITE = {"under-forgot": "over-forgot", "over-forgot": "under-forgot", "above": "lost utility",
-             "lost utility": "above"}
+_ABOVE = {
+    "forget_accuracy": "under-forgot",
+    "forgotten_class_accuracy": "under-forgot",
+    "membership_auc": "under-forgot",
+    "membership_auc_same_class": "under-forgot",
+    "attack_confidence": "over-forgot",
+    "attack_entropy": "over-forgot",
+    "forget_loss": "over-forgot",
+    "retain_accuracy": "above",
+    "test_accuracy": "above",
+    "retain_loss": "lost utility",
+    "test_loss": "lost utility",
+}
+_DECISIVE = (
+    "forget_accuracy",
+    "retain_accuracy",
+    "test_accuracy",
+    "forget_loss",
+    "retain_loss",
+    "test_loss",
+    "membership_auc",
+)
+_OPPOSITE = {
+    "under-forgot": "over-forgot",
+    "over-forgot": "under-forgot",
+    "above": "lost utility",
+    "lost utility": "above",
+}
 
 
 def band(readings: Sequence[Reading]) -> tuple[float, float]:
@@ -69,4 +89,8 @@ def verdict(readings: Mapping[str, Reading]) -> str:
     gap = readings.get("average_gap")
     if gap is None or not gap.verdict:
         return ""
-    return "within the retrained spread" if gap.verdict == "within" else "further from retraining than retrained models are"
+    return (
+        "within the retrained spread"
+        if gap.verdict == "within"
+        else "further from retraining than retrained models are"
+    )

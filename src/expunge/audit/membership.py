@@ -11,7 +11,7 @@ import numpy as np
 
 from expunge.audit import intervals
 from expunge.audit.subject import Outputs, Reading, Subject
-from expunge.core import Key
+from expunge.core import Key, Refused
 from expunge.registry import measure
 
 REPEATS = 20
@@ -30,8 +30,9 @@ def membership_auc(subject: Subject) -> Reading | None:
     forget, unseen = subject.outputs("forget").membership, subject.outputs("test").membership
     value = intervals.auc(forget, unseen)
     low, high = intervals.auc_interval(forget, unseen)
-    return Reading("membership_auc", value, low, high, len(forget) + len(unseen),
-                   detail={"two_sided": max(value, 1 - value)})
+    return Reading(
+        "membership_auc", value, low, high, len(forget) + len(unseen), detail={"two_sided": max(value, 1 - value)}
+    )
 
 
 @measure
@@ -49,7 +50,7 @@ def membership_auc_same_class(subject: Subject) -> Reading | None:
 
 @measure
 def membership_auc_two_sided(subject: Subject) -> Reading | None:
-    """The same by distance from the median test confidence: sees forget examples that are too alike, or on both sides."""
+    """The same by distance from the median test confidence: sees examples that are too alike, or on both sides."""
     if not subject.has("test"):
         return None
     forget, unseen = subject.outputs("forget").membership, subject.unseen().membership
@@ -61,7 +62,11 @@ def membership_auc_two_sided(subject: Subject) -> Reading | None:
 
 @measure
 def attack_confidence(subject: Subject) -> Reading | None:
-    """Share of forget examples that a confidence threshold, fitted on retain against test, calls unseen ("MIA-efficacy")."""
+    """Share of forget examples that a confidence threshold, fitted on retain against test, calls unseen.
+
+    What the field calls "MIA-efficacy", with a threshold sweep for its support-vector classifier on one feature, and
+    balanced random draws for the first retain examples.
+    """
     if not (subject.has("test") and subject.has("retain")):
         return None
     scores = [subject.outputs(data).membership for data in ("forget", "retain", "test")]
@@ -70,7 +75,7 @@ def attack_confidence(subject: Subject) -> Reading | None:
 
 @measure
 def attack_entropy(subject: Subject) -> Reading | None:
-    """Share of forget examples that a threshold on the modified entropy, fitted on retain against test, calls unseen."""
+    """Share of forget examples that a threshold on modified entropy, fitted on retain against test, calls unseen."""
     if not (subject.has("test") and subject.has("retain")) or subject.outputs("forget").probabilities is None:
         return None
     scores = [-entropy_of(subject.outputs(data)) for data in ("forget", "retain", "test")]
@@ -103,12 +108,13 @@ def modified_entropy(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarra
 
 def entropy_of(outputs: Outputs) -> np.ndarray:
     """[n] modified entropy of what a classifier says."""
-    assert outputs.probabilities is not None and outputs.labels is not None
+    if outputs.probabilities is None or outputs.labels is None:
+        raise Refused("the modified entropy needs the probabilities of a classifier: this task gives none")
     return modified_entropy(outputs.probabilities, outputs.labels)
 
 
 def best_threshold(members: np.ndarray, others: np.ndarray) -> float:
-    """The t for which "member where score >= t" has the best balanced accuracy; the middle one where several are best."""
+    """The t for which "member where score >= t" has the best balanced accuracy; the middle one of several."""
     scores = np.unique(np.concatenate([members, others]))
     edges = np.concatenate([[-np.inf], (scores[1:] + scores[:-1]) / 2, [np.inf]])
     caught = 1 - np.searchsorted(np.sort(members), edges, "left") / len(members)
@@ -129,8 +135,15 @@ def _attack(subject: Subject, name: str, forget: np.ndarray, retain: np.ndarray,
         unseen[number] = forget < threshold
         accuracies[number] = ((members >= threshold).mean() + (others < threshold).mean()) / 2
     low, high = intervals.percentile(_nested(unseen, subject.draws, subject.key.at("attack", "interval")))
-    return Reading(name, 100 * float(unseen.mean()), 100 * low, 100 * high, len(forget), "%",
-                   detail={"attacker_accuracy": 100 * float(accuracies.mean()), "repeats": REPEATS})
+    return Reading(
+        name,
+        100 * float(unseen.mean()),
+        100 * low,
+        100 * high,
+        len(forget),
+        "%",
+        detail={"attacker_accuracy": 100 * float(accuracies.mean()), "repeats": REPEATS},
+    )
 
 
 def _draw(scores: np.ndarray, size: int, key: Key) -> np.ndarray:
@@ -146,7 +159,7 @@ def _nested(table: np.ndarray, draws: int, key: Key) -> np.ndarray:
     weights = np.stack([np.bincount(row, minlength=len(table)) for row in repeats]) / len(table)
     means, start = [], 0
     for block in examples:
-        per_example = weights[start:start + len(block)] @ table
+        per_example = weights[start : start + len(block)] @ table
         means.append(np.take_along_axis(per_example, block, 1).mean(1))
         start += len(block)
-    return np.concatenate(means)
+    return np.clip(np.concatenate(means), 0.0, 1.0)  # shares, and sums of weights are not exact

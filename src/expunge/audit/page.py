@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from expunge.audit import judge, words
-from expunge.audit.plots import figures, styles
+from expunge.audit.drawing import styles
+from expunge.audit.plots import figures
 from expunge.audit.report import Report, Row
 from expunge.audit.subject import Reading
 from expunge.audit.table import MAIN
@@ -51,9 +52,20 @@ def render(title: str, sections: Sequence[Section], intro: str = "") -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("expunge.audit").joinpath("report.html").read_text(encoding="utf-8")
     parts = [_section(section, number) for number, section in enumerate(sections)]
-    plots = {figure["id"]: {"data": figure["data"], "layout": figure["layout"]} for part in parts for figure in part["figures"]}
-    return environment.from_string(source).render(title=title, intro=intro, sections=parts, promises=words.PROMISES,
-                                                  version=__version__, plots=_embedded(plots), plotly=_plotly())
+    plots = {
+        figure["id"]: {"data": figure["data"], "layout": figure["layout"]}
+        for part in parts
+        for figure in part["figures"]
+    }
+    return environment.from_string(source).render(
+        title=title,
+        intro=intro,
+        sections=parts,
+        promises=words.PROMISES,
+        version=__version__,
+        plots=_embedded(plots),
+        plotly=_plotly(),
+    )
 
 
 def _embedded(tree: Any) -> Any:
@@ -78,11 +90,22 @@ def _section(section: Section, number: int) -> dict[str, Any]:
     main = [name for name in every if name in MAIN or name == "forgotten_class_accuracy"]
     rest = [name for name in every if name not in main]
     drawn = [{**figure, "id": f"plot-{number}-{index}"} for index, figure in enumerate(figures(report))]
-    legend = [{"number": index, "name": row.name, **style} for index, (row, style)
-              in enumerate(zip(report.rows, styles(report.rows), strict=True))]
-    return {"id": f"section-{number}", "title": section.title, "text": section.text or report.summary, "notes": report.notes,
-            "main": _table(report.rows, main), "rest": _table(report.rows, rest) if rest else None, "figures": drawn,
-            "legend": legend, "facts": flat(report.facts), "records": _records(report.rows)}
+    legend = [
+        {"number": index, "name": row.name, **style}
+        for index, (row, style) in enumerate(zip(report.rows, styles(report.rows), strict=True))
+    ]
+    return {
+        "id": f"section-{number}",
+        "title": section.title,
+        "text": section.text or report.summary,
+        "notes": report.notes,
+        "main": _table(report.rows, main),
+        "rest": _table(report.rows, rest) if rest else None,
+        "figures": drawn,
+        "legend": legend,
+        "facts": flat(report.facts),
+        "records": _records(report.rows),
+    }
 
 
 def _table(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
@@ -90,12 +113,29 @@ def _table(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     heads, bands = [], []
     for name in names:
         first = next(row.readings[name] for row in rows if name in row.readings)
-        band = next((row.readings[name].reference for row in rows if name in row.readings
-                     and row.kind == "control" and row.readings[name].reference is not None), None)
+        band = next(
+            (
+                row.readings[name].reference
+                for row in rows
+                if name in row.readings and row.kind == "control" and row.readings[name].reference is not None
+            ),
+            None,
+        )
         heads.append({"title": words.title(name), "unit": first.unit})
-        bands.append("" if band is None else f"{words.number(band[0], first.unit)} to {words.number(band[1], first.unit)}")
-    lines = [{"name": row.name, "kind": row.kind, "verdict": row.verdict, "bad": _bad(row), "notes": row.notes,
-              "cells": [_cell(row.readings.get(name)) for name in names]} for row in rows]
+        bands.append(
+            "" if band is None else f"{words.number(band[0], first.unit)} to {words.number(band[1], first.unit)}"
+        )
+    lines = [
+        {
+            "name": row.name,
+            "kind": row.kind,
+            "verdict": row.verdict,
+            "bad": _bad(row),
+            "notes": row.notes,
+            "cells": [_cell(row.readings.get(name)) for name in names],
+        }
+        for row in rows
+    ]
     return {"heads": heads, "bands": bands if any(bands) else [], "lines": lines}
 
 
@@ -113,9 +153,14 @@ def _cell(reading: Reading | None) -> dict[str, str]:
         arrow = "▲" if reading.value > reading.reference[1] else "▼"
     between = words.spread(reading)
     if not between and "ratio_to_retraining" in reading.detail:
-        between = f"{reading.detail['ratio_to_retraining']:.2g} × retraining"
-    return {"value": words.number(reading.value, reading.unit), "between": between,
-            "mark": MARKS.get(reading.verdict, ""), "arrow": arrow, "word": reading.verdict if arrow else ""}
+        between = f"{reading.detail['ratio_to_retraining']:.2g}× retrain"
+    return {
+        "value": words.number(reading.value, reading.unit),
+        "between": between,
+        "mark": MARKS.get(reading.verdict, ""),
+        "arrow": arrow,
+        "word": reading.verdict if arrow else "",
+    }
 
 
 def _records(rows: Sequence[Row]) -> list[dict[str, Any]]:

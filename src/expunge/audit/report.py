@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from expunge.audit import intervals, judge
-from expunge.audit.distance import chance, floor
+from expunge.audit import context, intervals, judge, words
+from expunge.audit.distance import floor
 from expunge.audit.subject import Reading, Subject, plain
 from expunge.core import Data, Key, Refused, Request, Task
 from expunge.journal import write_bytes
 from expunge.registry import measures
-from expunge.version import __version__, revision
+from expunge.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,16 +50,29 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
         history = [{name: plain(float(value)) for name, value in step.items()} for step in self.history]
-        return {"name": self.name, "kind": self.kind, "verdict": self.verdict, "notes": list(self.notes),
-                "readings": {name: reading.to_json() for name, reading in self.readings.items()},
-                "record": dict(self.record), "history": history}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "verdict": self.verdict,
+            "notes": list(self.notes),
+            "readings": {name: reading.to_json() for name, reading in self.readings.items()},
+            "record": dict(self.record),
+            "history": history,
+        }
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Row:
         """The inverse of ``to_json``."""
         readings = {name: Reading.from_json(reading) for name, reading in tree["readings"].items()}
-        return Row(tree["name"], tree["kind"], readings, tree["verdict"], tree["record"], tuple(tree["history"]),
-                   tuple(tree["notes"]))
+        return Row(
+            tree["name"],
+            tree["kind"],
+            readings,
+            tree["verdict"],
+            tree["record"],
+            tuple(tree["history"]),
+            tuple(tree["notes"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,15 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; ``Report.from_json`` reads it back."""
-        return {"format": FORMAT, "expunge": __version__, "title": self.title, "summary": self.summary,
-                "notes": list(self.notes), "facts": dict(self.facts), "rows": [row.to_json() for row in self.rows]}
+        return {
+            "format": FORMAT,
+            "expunge": __version__,
+            "title": self.title,
+            "summary": self.summary,
+            "notes": list(self.notes),
+            "facts": dict(self.facts),
+            "rows": [row.to_json() for row in self.rows],
+        }
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Report:
@@ -133,9 +153,20 @@ def audit(subject: Subject, *, extra_rows: Sequence[Row] = (), name: str = "unle
     return _report(subject, [row, *extra_rows], title)
 
 
-def compare(original: nn.Module, methods: Mapping[str, tuple[nn.Module, Record | None]], request: Request, task: Task,
-            test: Data | None = None, retrained: Sequence[nn.Module] = (), retrain_records: Sequence[Record] = (), *,
-            title: str = "Audit", names: Sequence[str] = (), key: Key = Key(0), draws: int = 500) -> Report:
+def compare(
+    original: nn.Module,
+    methods: Mapping[str, tuple[nn.Module, Record | None]],
+    request: Request,
+    task: Task,
+    test: Data | None = None,
+    retrained: Sequence[nn.Module] = (),
+    retrain_records: Sequence[Record] = (),
+    *,
+    title: str = "Audit",
+    names: Sequence[str] = (),
+    key: Key = Key(0),
+    draws: int = 500,
+) -> Report:
     """Judge several models of one request in one table, on the same resampled examples.
 
     Args:
@@ -150,8 +181,19 @@ def compare(original: nn.Module, methods: Mapping[str, tuple[nn.Module, Record |
     taken = [name for name in methods if name in (ORIGINAL, RETRAIN)]
     if taken:
         raise Refused(f"a method is called {taken[0]!r}, which is the name of a control: give it another name")
-    subject = Subject(original, original, request, task, test, tuple(retrained), tuple(names), None, tuple(retrain_records),
-                      key, draws)
+    subject = Subject(
+        original,
+        original,
+        request,
+        task,
+        test,
+        tuple(retrained),
+        tuple(names),
+        None,
+        tuple(retrain_records),
+        key,
+        draws,
+    )
     rows = []
     for name, (model, record) in methods.items():
         try:
@@ -176,7 +218,9 @@ def _readings(subject: Subject, retrained: Sequence[nn.Module]) -> dict[str, Rea
         reading = function(subject)
         if reading is None:
             continue
-        references = [_alone(subject, model, name) for model in retrained] if reading.better == "nearer_retrained" else []
+        references = (
+            [_alone(subject, model, name) for model in retrained] if reading.better == "nearer_retrained" else []
+        )
         found[name] = judge.judged(subject, reading, [r for r in references if r is not None])
     return found
 
@@ -190,9 +234,9 @@ def _report(subject: Subject, rows: Iterable[Row], title: str) -> Report:
     do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control")
     held = _held_out(subject)
     table = (do_nothing, *rows, *([held] if held is not None else []))
-    notes = tuple(_notes(subject, do_nothing, held))
-    facts = _facts(subject)
-    return Report(title, table, _summary(subject, table, facts), notes, facts)
+    facts = context.facts(subject)
+    notes = tuple(context.notes(subject, do_nothing, held))
+    return Report(title, table, words.summary(table, facts), notes, facts)
 
 
 def _held_out(subject: Subject) -> Row | None:
@@ -213,54 +257,31 @@ def _held_out(subject: Subject) -> Row | None:
 
 
 def _pooled(readings: Sequence[Reading]) -> Reading:
-    """The mean over retrained models. Its interval holds Student's over the models and their mean own one over examples."""
+    """The mean over retrained models. Its interval holds Student's over models and their mean own one over examples."""
     if len(readings) == 1:
         return readings[0]
     values = [reading.value for reading in readings]
     low, high = intervals.t_interval(values)
-    low, high = min(low, float(np.mean([r.low for r in readings]))), max(high, float(np.mean([r.high for r in readings])))
+    low, high = (
+        min(low, float(np.mean([r.low for r in readings]))),
+        max(high, float(np.mean([r.high for r in readings]))),
+    )
     first = readings[0]
     if first.unit == "%" or "auc" in first.name:
         low, high = max(0.0, low), min(100.0 if first.unit == "%" else 1.0, high)
     if first.better == "lower":
         low = max(0.0, low)
     shared = set.intersection(*(set(reading.detail) for reading in readings))
-    detail = {name: float(np.mean([reading.detail[name] for reading in readings])) for name in first.detail if name in shared}
-    return replace(first, value=float(np.mean(values)), low=low, high=high, n=len(readings), reference=None, verdict="",
-                   detail=detail)
-
-
-def _notes(subject: Subject, do_nothing: Row, held: Row | None) -> Iterable[str]:
-    count = len(subject.retrained)
-    if count == 0:
-        yield ("No retrained model was given: the target is unknown, so nothing here is judged. Retrain at least three times "
-               "without the forget examples to learn it.")
-    elif count < judge.ENOUGH:
-        yield (f"Only {count} retrained model{'s were' if count > 1 else ' was'} given: how much retraining varies by itself "
-               f"cannot be told from fewer than {judge.ENOUGH}, so verdicts are provisional.")
-    gap = do_nothing.readings.get("average_gap")
-    if gap is not None and gap.verdict == "within":
-        yield ("This request cannot show anything: doing nothing is as near to retraining as retrained models are to each "
-               "other, so a method that forgets and one that does nothing look alike here.")
-    if not subject.has("test"):
-        yield "No test data was given: test accuracy and membership are missing, and the average gap is over fewer metrics."
-    if subject.has("test") and subject.forgotten_classes() and not subject.has("test_forgotten"):
-        yield ("The test data has no example of the forgotten classes: whether the records are told from others of their "
-               "class cannot be measured.")
-    if held is not None and "flagged" in held.verdict:
-        yield (f"Of the held-out retrained models {held.verdict.removesuffix(' flagged')} would have been called a failure by "
-               f"the rule that judges the methods: read single verdicts with care.")
-
-
-def _facts(subject: Subject) -> dict[str, Any]:
-    sizes = {name: len(subject.outputs(name)) for name in ("forget", "retain", "test", "test_forgotten") if subject.has(name)}
-    gone = subject.forgotten_classes()
-    names = [subject.names[label] if label < len(subject.names) else str(label) for label in gone]
-    return {"task": subject.task.name, "unit": subject.task.unit, "examples": sizes, "retrained": len(subject.retrained),
-            "forgotten_classes": names, "chance": plain(chance(subject)), "key": subject.key.seed, "draws": subject.draws, "revision": revision()}
-
-
-def _summary(subject: Subject, rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
-    from expunge.audit.words import summary
-
-    return summary(rows, facts)
+    detail = {
+        name: float(np.mean([reading.detail[name] for reading in readings])) for name in first.detail if name in shared
+    }
+    return replace(
+        first,
+        value=float(np.mean(values)),
+        low=low,
+        high=high,
+        n=len(readings),
+        reference=None,
+        verdict="",
+        detail=detail,
+    )

@@ -1,4 +1,4 @@
-"""What is audited, and what a measure says of it. Each model is run once per data set, whatever the number of measures."""
+"""What is audited, and what a measure says of it. Each model is run once per data set, however many measures."""
 
 from __future__ import annotations
 
@@ -46,17 +46,32 @@ class Reading:
     def to_json(self) -> dict[str, Any]:
         """JSON-able; a number that is not finite becomes null."""
         band = None if self.reference is None else [plain(end) for end in self.reference]
-        return {"name": self.name, "value": plain(self.value), "low": plain(self.low), "high": plain(self.high), "n": self.n,
-                "unit": self.unit, "better": self.better, "reference": band, "verdict": self.verdict,
-                "detail": {name: plain(value) for name, value in self.detail.items()}}
+        return {
+            "name": self.name,
+            "value": plain(self.value),
+            "low": plain(self.low),
+            "high": plain(self.high),
+            "n": self.n,
+            "unit": self.unit,
+            "better": self.better,
+            "reference": band,
+            "verdict": self.verdict,
+            "detail": {name: plain(value) for name, value in self.detail.items()},
+        }
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Reading:
         """The inverse of ``to_json``; null becomes NaN."""
         band = tree["reference"]
         numbers = {name: back(tree[name]) for name in ("value", "low", "high")}
-        return Reading(**{**tree, **numbers, "reference": None if band is None else (back(band[0]), back(band[1])),
-                          "detail": {name: back(value) for name, value in tree["detail"].items()}})
+        return Reading(
+            **{
+                **tree,
+                **numbers,
+                "reference": None if band is None else (back(band[0]), back(band[1])),
+                "detail": {name: back(value) for name, value in tree["detail"].items()},
+            }
+        )
 
 
 def plain(value: float) -> float | None:
@@ -92,8 +107,12 @@ class Outputs:
 
     def where(self, chosen: np.ndarray) -> Outputs:
         """The examples that a mask [n] chooses."""
-        return Outputs(*(None if part is None else part[chosen] for part in  # type: ignore[arg-type]
-                         (self.loss, self.units, self.labels, self.correct, self.probabilities, self.margin)))
+        return Outputs(
+            *(
+                None if part is None else part[chosen]
+                for part in (self.loss, self.units, self.labels, self.correct, self.probabilities, self.margin)  # type: ignore[arg-type]
+            )
+        )
 
     @property
     def membership(self) -> np.ndarray:
@@ -153,14 +172,15 @@ class Subject:
             raise Refused("an audit needs forget data: the request has none")
         object.__setattr__(self, "retrained", tuple(self.retrained))
 
-    def judging(self, after: nn.Module, retrained: tuple[nn.Module, ...] | None = None,
-                record: Mapping[str, Any] | None = None) -> Subject:
+    def judging(
+        self, after: nn.Module, retrained: tuple[nn.Module, ...] | None = None, record: Mapping[str, Any] | None = None
+    ) -> Subject:
         """The same audit of another model, sharing what is known."""
         return replace(self, after=after, record=record, retrained=self.retrained if retrained is None else retrained)
 
     def held_out(self, number: int) -> Subject:
         """Retrained model `number` judged against the others."""
-        others = self.retrained[:number] + self.retrained[number + 1:]
+        others = self.retrained[:number] + self.retrained[number + 1 :]
         record = self.retrain_records[number] if number < len(self.retrain_records) else None
         return self.judging(self.retrained[number], others, record)
 
@@ -242,7 +262,9 @@ def _classified(model: nn.Module, task: Any, batch: Batch) -> tuple[np.ndarray, 
     logits = task.logits(model, batch).double()
     labels = task.labels(batch)
     if not bool(torch.isfinite(logits).all()):
-        raise Refused("a model gives outputs that are not finite: it cannot be audited; was its run stopped by a guard?")
+        raise Refused(
+            "a model gives outputs that are not finite: it cannot be audited; was its run stopped by a guard?"
+        )
     logs = logits.log_softmax(-1)
     chosen = logs.gather(1, labels[:, None])[:, 0]
     others = logs.scatter(1, labels[:, None], -math.inf).logsumexp(-1)

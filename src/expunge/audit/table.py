@@ -13,8 +13,19 @@ if TYPE_CHECKING:
     from expunge.audit.report import Report
     from expunge.audit.subject import Reading
 
-MAIN = ("average_gap", "forget_accuracy", "retain_accuracy", "test_accuracy", "forget_loss", "retain_loss", "test_loss",
-        "membership_auc", "membership_auc_same_class", "seconds", "backward_rows")
+MAIN = (
+    "average_gap",
+    "forget_accuracy",
+    "retain_accuracy",
+    "test_accuracy",
+    "forget_loss",
+    "retain_loss",
+    "test_loss",
+    "membership_auc",
+    "membership_auc_same_class",
+    "seconds",
+    "backward_rows",
+)
 
 
 def table(report: Report, names: tuple[str, ...] = MAIN) -> Table:

@@ -12,21 +12,32 @@ if TYPE_CHECKING:
     from expunge.audit.report import Row
 
 TITLES = {
-    "average_gap": "Gap to retraining", "average_gap_each": "Gap to each retrained model",
-    "forget_accuracy": "Forget accuracy", "retain_accuracy": "Retain accuracy", "test_accuracy": "Test accuracy",
-    "forgotten_class_accuracy": "Test accuracy, forgotten class", "forget_loss": "Forget loss", "retain_loss": "Retain loss",
-    "test_loss": "Test loss", "membership_auc": "Membership AUC", "membership_auc_same_class": "Membership AUC, same class",
+    "average_gap": "Gap to retraining",
+    "average_gap_each": "Gap to each retrained model",
+    "forget_accuracy": "Forget accuracy",
+    "retain_accuracy": "Retain accuracy",
+    "test_accuracy": "Test accuracy",
+    "forgotten_class_accuracy": "Test accuracy, forgotten class",
+    "forget_loss": "Forget loss",
+    "retain_loss": "Retain loss",
+    "test_loss": "Test loss",
+    "membership_auc": "Membership AUC",
+    "membership_auc_same_class": "Membership AUC, same class",
     "membership_auc_two_sided": "Membership AUC, two-sided",
-    "attack_confidence": "Called unseen, by confidence", "attack_entropy": "Called unseen, by entropy",
-    "forget_output_distance": "Output distance, forget", "test_output_distance": "Output distance, test",
-    "seconds": "Time", "forward_rows": "Forward passes", "backward_rows": "Backward passes",
+    "attack_confidence": "Called unseen, by confidence",
+    "attack_entropy": "Called unseen, by entropy",
+    "forget_output_distance": "Output distance, forget",
+    "test_output_distance": "Output distance, test",
+    "seconds": "Time",
+    "forward_rows": "Forward passes",
+    "backward_rows": "Backward passes",
 }
 """Column headings, in the order of columns; a measure that is not here comes after them under its own name."""
 
 PROMISES = (
-    "That a reading lies where retrained models lie shows that this measure does not tell them apart. It does not prove that "
-    "the examples left no trace: a stronger attack may find one.",
-    "Each interval covers 95%, one reading at a time. In a table of many readings some leave their reference by chance.",
+    "That a reading lies where retrained models lie shows that this measure does not tell them apart. It does not "
+    "prove that the examples left no trace: a stronger attack may find one.",
+    "Each interval covers 95%, one reading at a time. Among many readings some leave their reference by chance.",
     "The reference is only as good as the retrained models: same recipe, other seeds, none of the forget examples.",
     "Membership is measured with one threshold for all examples. It says little about the single most exposed example.",
 )
@@ -91,35 +102,50 @@ def summary(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
 def _asked(facts: Mapping[str, Any]) -> str:
     sizes = facts["examples"]
     classes = [f"“{name}”" for name in facts["forgotten_classes"]]
-    of = f", all of class {listing(classes)}," if len(classes) == 1 else f", all of classes {listing(classes)}," if classes else ""
+    of = (
+        f", all of class {listing(classes)},"
+        if len(classes) == 1
+        else f", all of classes {listing(classes)},"
+        if classes
+        else ""
+    )
     kept = f"; {sizes['retain']:,} were to be kept" if "retain" in sizes else ""
     return f"{sizes['forget']:,} training examples{of} were to be forgotten{kept}."
 
 
 def _target(original: Row, retrain: Row) -> list[str]:
     sentences = []
-    for name, text in (("forget_accuracy", "are right on {} of the forget examples; the original model is right on {}"),
-                       ("forget_loss", "have a loss of {} on the forget examples; the original model has {}")):
+    for name, text in (
+        ("forget_accuracy", "are right on {} of the forget examples; the original model is right on {}"),
+        ("forget_loss", "have a loss of {} on the forget examples; the original model has {}"),
+    ):
         if name in original.readings and name in retrain.readings:
             said = text.format(with_unit(retrain.readings[name]), with_unit(original.readings[name]))
             sentences.append(f"Models retrained without them {said}.")
     gap, level = original.readings.get("average_gap"), retrain.readings.get("average_gap")
     if gap is not None and level is not None:
         where = "no further than that" if gap.verdict == "within" else f"{number(gap.value, 'points')} away"
-        sentences.append(f"Retrained models differ from each other by {number(level.value, 'points')} points on average; doing "
-                         f"nothing is {where}.")
+        sentences.append(
+            f"Retrained models differ from each other by {number(level.value, 'points')} points on average; doing "
+            f"nothing is {where}."
+        )
     return sentences
 
 
 def _said(verdict: str, names: Sequence[str]) -> str:
     who, many = listing(list(names)), len(names) > 1
-    phrases = {"under-forgot": "forgot too little", "over-forgot": "forgot too much, which gives the forgotten examples away as well",
-               "lost utility": "{} less right than retrained models on other data"}
+    phrases = {
+        "under-forgot": "forgot too little",
+        "over-forgot": "forgot too much, which gives the forgotten examples away as well",
+        "lost utility": "{} less right than retrained models on other data",
+    }
     if verdict == "within the retrained spread":
         return f"{who} {'end' if many else 'ends'} within the spread of retrained models."
     if verdict.startswith("further"):
-        return (f"{who} {'are' if many else 'is'} further from retraining than retrained models are from each other, with no "
-                f"single failure to name.")
+        return (
+            f"{who} {'are' if many else 'is'} further from retraining than retrained models are from each other, with "
+            f"no single failure to name."
+        )
     if verdict == "not judged":
         return f"{who} could not be judged."
     parts = [phrases[word].format("are" if many else "is") for word in verdict.split(", ") if word in phrases]

@@ -19,20 +19,21 @@ TWICE = "min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain)"
 @method(paper="arXiv:2205.08096", needs={"forget", "retain", "teacher:original"}, dose="steps",
         cost={"forward": f"steps * 2 * ({TWICE})", "backward": f"steps * ({TWICE})"},
         departures={
-            "reduction": "KL is summed over classes and averaged over examples; authors' code also divides by the number of "
-                         "classes, so their learning rate is that many times smaller",
-            "batches": "one forget and one retain batch of their own in every step, each with its own mean; the paper shuffles the "
-                       "forget set with 30 % of the retain set",
+            "reduction": "KL is summed over classes and averaged over examples; authors' code also divides by the "
+                         "number of classes, so their learning rate is that many times smaller",
+            "batches": "one forget and one retain batch of their own in every step, each with its own mean; the "
+                       "paper shuffles the forget set with 30 % of the retain set",
             "temperature": "the loss is times the temperature squared (the same at the paper's temperature of 1)",
         })
-def bad_teacher(*, temperature: Positive = 1.0, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3, steps: Count = 75,
-                batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+def bad_teacher(*, temperature: Positive = 1.0, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3,
+                steps: Count = 75, batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Pull the model towards an untrained network on the forget data and towards the original on the retain data.
 
     No labels are read. An untrained network answers alike on everything, which is not what a retrained model answers
     on unseen data: it does not promise to look retrained, and calibration may suffer.
 
-    Formula: min_theta mean over D_f of KL(p_random || p_theta) + retain_weight mean over D_r of KL(p_original || p_theta).
+    Formula: min_theta mean over D_f of KL(p_random || p_theta) + retain_weight mean over D_r of
+    KL(p_original || p_theta).
 
     Args:
         temperature: of all softmaxes, > 0.

@@ -14,13 +14,14 @@ from expunge.registry import AtLeastOne, Count, Positive, method
 @method(paper="arXiv:2109.13398", needs={"forget"}, dose="steps",
         cost={"forward": "steps * min(batch, n_forget)", "backward": "steps * min(batch, n_forget)"},
         departures={
-            "optimizer": "Adam without weight decay; the published runs use SGD with momentum and weight decay, whose step on "
-                         "memorised examples (gradient near 0) is next to nothing and then too much",
-            "stopping": "gives back the last state whose loss on retain or validation data had risen by at most a twentieth of the "
-                        "way to chance, where there are any such data; the papers stop after a fixed number of epochs",
+            "optimizer": "Adam without weight decay; the published runs use SGD with momentum and weight decay, "
+                         "whose step on memorised examples (gradient near 0) is next to nothing and then too much",
+            "stopping": "gives back the last state whose loss on retain or validation data had risen by at most a "
+                        "twentieth of the way to chance, where there are any such data; the papers stop after a "
+                        "fixed number of epochs",
             "norm_stats": "frozen by default; the published image runs train with live batch statistics",
         })
-def gradient_ascent(*, lr: Positive = 1e-4, steps: Count = 36, batch: AtLeastOne = 64,
+def gradient_ascent(*, lr: Positive = 5e-4, steps: Count = 36, batch: AtLeastOne = 64,
                     norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Maximise the loss on the forget data.
 
@@ -39,5 +40,5 @@ def gradient_ascent(*, lr: Positive = 1e-4, steps: Count = 36, batch: AtLeastOne
     The published setting, CIFAR-10 and ResNet-18: SGD, momentum 0.9, weight decay 5e-4, lr 1e-4, batch 256, 5 epochs:
     ``Descend(forget=Ascent(), optimizer=SGD(1e-4, 0.9, 5e-4), batch=256, epochs=5, norm_stats="live")``.
     """
-    guard = Guard(rise=0.05, checks=12, patience=12)  # a tight bound, and no early stop: the next check may be inside again
+    guard = Guard(rise=0.05, checks=max(1, steps), patience=steps + 1)  # collapse takes a few steps: look after each
     return Descend(forget=Ascent(), optimizer=Adam(lr), steps=steps, batch=batch, norm_stats=norm_stats, guard=guard)

@@ -21,7 +21,7 @@ _ROWS = "n_forget + n_retain + min(samples + (recursion == 'released'), n_retain
 @method(paper="arXiv:2304.04934", needs={"forget", "retain"}, dose="scale", cost={"forward": _ROWS, "backward": _ROWS},
         departures={
             "recursion": "the exact inverse by default; the released one hangs on the first example that is drawn",
-            "scale": "2 by default, where the Newton step is 1; the released code's is 0.2, and others search up to 100",
+            "scale": "2 by default, where the Newton step is 1; the released code's is 0.2, others search up to 100",
             "guard": "the scale is lowered until the retain loss keeps its bound; the authors retune it per model",
             "samples": "with fewer retain examples than asked for, the recursion's n is what there is",
         })

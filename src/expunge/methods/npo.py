@@ -1,4 +1,4 @@
-"""NPO, negative preference optimisation (Zhang, Lin, Bai, Mei, COLM 2024): gradient ascent that slows down by itself."""
+"""NPO, negative preference optimisation (Zhang et al., COLM 2024): gradient ascent that slows down by itself."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
         cost={"forward": f"steps * (2 * min(batch, n_forget) + {RETAIN})",
               "backward": f"steps * (min(batch, n_forget) + {RETAIN})"},
         departures={
-            "optimizer": "Adam at a constant rate without weight decay; the paper uses AdamW with weight decay 0.01, one epoch of "
-                         "warm-up and a linear decay",
-            "weights": "beta 0.5 and retain weight 5 by default, for one label per example; the paper has 0.1 and 1 for answers of "
-                       "many tokens",
+            "optimizer": "Adam at a constant rate without weight decay; the paper uses AdamW with weight decay 0.01, "
+                         "one epoch of warm-up and a linear decay",
+            "weights": "beta 1 and retain weight 5 by default, for one label per example; the paper has 0.1 and 1 "
+                       "for answers of many tokens",
             "stopping": "stopped when the loss on retain data leaves its bound",
             "norm_stats": "frozen by default; the published runs train with dropout where the model has it",
         })
-def npo(*, beta: Positive = 0.5, retain_weight: NonNegative = 5.0, lr: Positive = 5e-4, steps: Count = 75,
+def npo(*, beta: Positive = 1.0, retain_weight: NonNegative = 5.0, lr: Positive = 5e-4, steps: Count = 75,
         batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Make the forget answers less likely than under the original model, while minimising the loss on the retain data.
 

@@ -16,9 +16,14 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
         cost={side: "steps * (min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
               for side in ("forward", "backward")},
         departures={
-            "labels": "never the true one, as in Amnesiac; the code of SalUn and EUPMU draws over all classes, the truth too",
-            "batches": "one forget and one retain batch of their own in every step; authors' code makes a pass over the forget "
-                       "set and then one over the retain set (CIFAR-10), or shuffles their union (CIFAR-100)",
+            "contract:cost:diffusion": "a wrong answer is there what the model says of another condition: one more "
+                                       "forward pass of the forget batch per step, which the declared cost leaves "
+                                       "out",
+            "labels": "never the true one, as in Amnesiac; the code of SalUn and EUPMU draws over all classes, the "
+                      "truth too",
+            "batches": "one forget and one retain batch of their own in every step; authors' code makes a pass over "
+                       "the forget set and then one over the retain set (CIFAR-10), or shuffles their union "
+                       "(CIFAR-100)",
             "weights": "the retain weight is 2 by default, not 1",
             "norm_stats": "frozen by default; the published image runs train with live batch statistics",
         })

@@ -66,8 +66,8 @@ class _Retrain:
         kept = _kept(case)
         edit(case, {name: value.detach() for name, value in fresh.named_parameters() if name in case.scope})
         if kept:
-            case.meter.note(f"{kept} of the model's weights are out of scope or frozen and keep what they learnt, from the "
-                            f"forget data too: this is retraining of the others only")
+            case.meter.note(f"{kept} of the model's weights are out of scope or frozen and keep what they learnt, from "
+                            f"the forget data too: this is retraining of the others only")
         else:
             _copy_buffers(fresh, case.model)
         train = Descend(retain=NLL(), optimizer=self.optimizer, schedule=self.schedule, epochs=self.epochs,

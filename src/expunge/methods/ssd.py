@@ -100,5 +100,5 @@ def _nothing(level: float, part: float, forget: Grads, whole: Grads) -> str:
                 f"threshold, or None")
     ratios = torch.cat([ratio.flatten() for ratio in _ratios(forget, whole).values()])
     largest = float(ratios.max()) if ratios.numel() else 0.0
-    return (f"no weight was selected, nothing changed: the threshold is {level:g} and the largest importance ratio of any "
-            f"weight is {largest:.4g}; give a lower threshold, or None")
+    return (f"no weight was selected, nothing changed: the threshold is {level:g} and the largest importance ratio of "
+            f"any weight is {largest:.4g}; give a lower threshold, or None")

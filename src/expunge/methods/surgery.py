@@ -17,13 +17,16 @@ _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
             "batches": "forget and retain batches of their own; the authors cut one mixed batch, which weighs the two "
                        "losses by their shares",
             "denominator": "a bound on the multiplier in place of 1e-8 added to |g_r|^2",
+            "contract:cost:diffusion": "a wrong answer is there what the model says of another condition: one more "
+                                       "forward pass of the forget batch per step, which the declared cost leaves out",
             "labels": "random labels never include the true one; the authors draw over all classes",
             "tolerance": "-1 by default: a fall of the retain loss is demanded; 0 in the authors' code",
             "guard": "stops where the retain loss leaves its bound: the constraint holds to first order only",
         })
 def surgery(*, forget: Objective = RandomLabel(), tolerance: Finite = -1.0,
-            max_multiplier: Positive = 100.0, max_norm: Positive = 1.0, lr: Positive = 0.05, momentum: NonNegative = 0.0,
-            weight_decay: NonNegative = 0.0, steps: Count = 40, batch: AtLeastOne = 64) -> Stage:
+            max_multiplier: Positive = 100.0, max_norm: Positive = 1.0, lr: Positive = 0.05,
+            momentum: NonNegative = 0.0, weight_decay: NonNegative = 0.0, steps: Count = 40,
+            batch: AtLeastOne = 64) -> Stage:
     """Descend along the direction nearest to the forget gradient that does not raise the retain loss.
 
     ``d = g_f + max(0, (-g_r . g_f - tolerance) / |g_r|^2) g_r``, then clipped to `max_norm`, then a step (EUPMU eq. 2,

@@ -51,7 +51,7 @@ class Diffusion:
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; nll = ||eps - model(x_t, t, c)||^2, the SUM over pixels. It is the
     usual surrogate of the likelihood, not nats. Authors' code often weighs a pixel sum against a pixel mean: objectives
-    here are all per unit, hence per pixel. The timestep and the noise are drawn in ``prepare``, so every reader of a step
+    here are all per unit, hence per pixel. The timestep and noise are drawn in ``prepare``, so every reader of a step
     sees the same, and nothing per example can be cached.
 
     Args:

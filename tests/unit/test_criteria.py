@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.gramian import RULES, one_sided
-from expunge.surgery import Surgery, surgery
+from expunge.criteria import Surgery, surgery
 
 torch.set_num_threads(1)
 
