@@ -38,16 +38,16 @@ LIMIT = 0.1  # share of retraining's seconds that a method may take
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "finetune": {"lr": [0.05, 0.2], "steps": [50]},
     "gradient_ascent": {"lr": [2e-4, 4e-4, 1e-3, 2e-3], "steps": [20, 40]},
-    "grad_diff": {"lr": [2e-4, 4e-4], "steps": [60], "batch": [32], "forget_weight": [0.05, 0.1, 0.3]},
+    "grad_diff": {"lr": [2e-4, 4e-4, 8e-4], "steps": [50, 75], "batch": [32], "forget_weight": [0.03, 0.1, 0.3]},
     "random_label": {"lr": [1e-3, 2e-3], "steps": [50, 60], "batch": [32], "retain_weight": [1.0, 2.0]},
-    "l1_sparse": {"lr": [0.01, 0.02], "steps": [60, 75], "alpha": [3e-4, 1e-3, 2e-3]},
+    "l1_sparse": {"lr": [2e-3, 3e-3, 5e-3], "steps": [50, 75], "alpha": [1e-3, 3e-3, 1e-2]},
     "salun": {"lr": [1e-3, 2e-3, 3e-3], "steps": [50, 60], "batch": [32], "retain_weight": [1.0, 2.0]},
     "ssd": {"share": [0.03, 0.06, 0.1], "strength": [0.1, 0.3, 1.0]},
     "scrub": {"lr": [1e-3, 2e-3], "epochs": [3, 4], "ascent_epochs": [1, 2], "retain_steps": [6]},
     "bad_teacher": {"lr": [1e-3, 2e-3], "steps": [50], "batch": [32]},
-    "influence": {"scale": [3.0, 10.0], "recursion": ["released", "exact"]},
-    "npo": {"lr": [3e-4, 6e-4], "steps": [50], "batch": [32], "beta": [0.5, 1.0], "retain_weight": [2.0, 5.0]},
-    "surgery": {"lr": [0.1, 0.15], "tolerance": [-0.1, -0.3, -0.5], "steps": [30, 40]},
+    "influence": {"scale": [1.0, 2.0, 4.0], "recursion": ["released", "exact"]},
+    "npo": {"lr": [3e-4, 6e-4], "steps": [50, 75], "batch": [32], "beta": [0.5, 1.0], "retain_weight": [2.0, 5.0, 10.0]},
+    "surgery": {"lr": [0.1, 0.15], "tolerance": [-0.3, -0.5, -1.0], "steps": [25, 30, 40], "batch": [48]},
     "eupmu": {"lr": [0.1, 0.15, 0.2], "tolerance": [-0.01, -0.1], "variant": ["implicit", "fast"], "steps": [30, 40]},
 }
 

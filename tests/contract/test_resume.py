@@ -56,7 +56,7 @@ def request() -> Any:
 
 
 def noise(case: Case) -> Case:
-    """A plain function that knows nothing of resuming: draws, moves a buffer, freezes, adds a column, keeps a teacher."""
+    """A plain function that knows nothing of resuming: draws, moves a buffer, freezes, adds a column, a teacher."""
     key, rng = case.rng.take()
     generator = key.generator()
     case = edit(
@@ -248,6 +248,21 @@ def test_finished_run_is_returned_without_work(tmp_path: Path, killer: Killer) -
     assert all(torch.equal(value, bits(done)[name]) for name, value in again.model.named_parameters())
     assert again.record == json.loads(json.dumps(done.record))
     assert again.case is None
+
+
+def test_a_function_is_the_same_run_in_another_process(tmp_path: Path, killer: Killer) -> None:
+    """A function prints itself with its address, which is another one in every process."""
+
+    def built() -> Stage:
+        return chain(lambda case: case, lambda case: noise(case), Descend(retain=NLL(), steps=3, batch=4))
+
+    first, second = built(), built()
+    assert repr(first) != repr(second)
+    killer.armed = 12
+    with pytest.raises(Killed):
+        run(first, tmp_path)
+    killer.armed = -1
+    assert_same(run(second, tmp_path), run(built(), None))
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:

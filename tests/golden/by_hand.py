@@ -18,7 +18,7 @@ ALL = 10_000
 
 def two_classes() -> tuple[nn.Module, ex.Request]:
     """As ``small``, with two classes: the wrong label of an example is then no matter of chance."""
-    model, request = small()
+    _, request = small()
     x, y = (torch.cat([whole(data)[i] for data in (request.forget, request.retain)]) for i in (0, 1))
     y = (y > 0).long()
     net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
@@ -63,7 +63,7 @@ def kl(target: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
 def furthest(a: nn.Module, b: nn.Module) -> float:
     """The largest difference between any two weights."""
     pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return max(float((p - q).abs().max()) for p, q in pairs)
+    return max(float((p - q).detach().abs().max()) for p, q in pairs)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
