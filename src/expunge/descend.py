@@ -121,10 +121,11 @@ class Descend:
                 case.request.data(on.source)
         if self.steps is not None:
             return self.steps
-        first, on = next(((role, on) for role, on in roles.items() if on.source is not None), (None, None))
-        if on is None or on.source is None or first is None:
+        reading = [(role, on.source) for role, on in roles.items() if on.source is not None]
+        if not reading:
             raise Refused("epochs needs a role that reads data; give steps= instead")
-        size = len(case.request.data(on.source))
+        first, source = reading[0]
+        size = len(case.request.data(source))
         return math.ceil((self.epochs or 0) * math.ceil(size / min(size, self.size(first))))
 
     def size(self, role: str) -> int:

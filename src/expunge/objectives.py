@@ -7,6 +7,7 @@ weighted by units, so that a batch mean is the unit mean whatever the split.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,13 +166,14 @@ class Margin:
     slack: float = 1.0
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        if not hasattr(case.task, "logits"):
-            raise Refused(f"objective Margin needs class logits, which task {case.task.name!r} does not have")
-        logits = case.task.logits(case.model, batch)
+        task: Any = case.task  # logits and labels are capabilities, which not every Task has
+        if not hasattr(task, "logits"):
+            raise Refused(f"objective Margin needs class logits, which task {task.name!r} does not have")
+        logits = task.logits(case.model, batch)
         if logits.ndim != 2:
-            raise Refused(f"objective Margin needs one row of class logits per example; task {case.task.name!r} gives "
+            raise Refused(f"objective Margin needs one row of class logits per example; task {task.name!r} gives "
                           f"{logits.ndim - 1} dimensions of them")
-        label = case.task.labels(batch)[:, None]
+        label = task.labels(batch)[:, None]
         true = logits.gather(1, label).squeeze(1)
         other = logits.scatter(1, label, -torch.inf).amax(1)
         return torch.clamp(true - other, min=-self.slack)

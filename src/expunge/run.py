@@ -135,8 +135,9 @@ def parts(stage: Stage) -> Iterator[Stage]:
             yield from parts(part)
         return
     yield stage
-    if callable(getattr(stage, "inner", None)):
-        yield from parts(stage.inner)
+    inner = getattr(stage, "inner", None)
+    if callable(inner):
+        yield from parts(inner)
 
 
 def bounds(stage: Stage) -> Iterator[Bound]:

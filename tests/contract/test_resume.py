@@ -139,6 +139,8 @@ def assert_same(a: Outcome, b: Outcome) -> None:
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), f"{name} differs after resuming"
+    flags = [{name: p.requires_grad for name, p in done.model.named_parameters()} for done in (a, b)]
+    assert flags[0] == flags[1], "what is trainable differs after resuming"
     assert a.record["history"] == b.record["history"]
     assert a.record["notes"] == b.record["notes"]
     counted = ("forward", "backward", "checks")

@@ -75,7 +75,7 @@ def test_reference_is_the_summed_loss_of_each_example_not_the_mean_over_tokens()
     log_p, target = F.log_softmax(logits, -1)[:, :-1], batch["labels"][:, 1:]
     each = -log_p.gather(2, target.clamp_min(0)[:, :, None]).squeeze(2) * (target >= 0)
     torch.testing.assert_close(column, each.sum(1), rtol=1e-4, atol=1e-5)
-    assert len(set((target >= 0).sum(1).tolist())) > 1, "every answer is as long: the sum could not be told from the mean"
+    assert len(set((target >= 0).sum(1).tolist())) > 1, "answers are all as long: a sum could not be told from a mean"
 
 
 def test_reference_travels_with_its_example() -> None:

@@ -114,7 +114,7 @@ def test_saliency_is_measured_in_eval_mode_and_moves_no_statistics() -> None:
     ids=["sgd", "adam", "adamw"],
 )
 def test_masked_weights_survive_momentum_and_weight_decay(optimizer: optim.Optimizer) -> None:
-    """Masking gradients is not enough: decay pulls on every weight it is given. Equal to the bit, and the rest moves."""
+    """Masking gradients is not enough: decay pulls on every weight it is given. To the bit, and the rest moves."""
     model, request = small()
     masks = narrowed(model, request, keep=0.5)
     stage = ex.chain(

@@ -33,8 +33,8 @@ RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * mi
             "norm_stats": "frozen by default; the published runs train with live batch statistics",
         })
 def scrub(*, distill_weight: NonNegative = 0.5, label_weight: NonNegative = 1.0, temperature: Positive = 1.0,
-          epochs: Count = 5, ascent_epochs: Count = 3, lr: Positive = 7e-4, forget_batch: AtLeastOne = 32,
-          batch: AtLeastOne = 32, retain_steps: AtLeastOne = 8,
+          epochs: Count = 6, ascent_epochs: Count = 4, lr: Positive = 7e-4, forget_batch: AtLeastOne = 32,
+          batch: AtLeastOne = 32, retain_steps: AtLeastOne = 10,
           norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
     """Alternate passes that leave the original model on the forget data with passes that return to it on retain data.
 
