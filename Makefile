@@ -29,7 +29,7 @@ demo: $(CORE) ## forget something real and write the report to out/demo
 	$(BIN)/expunge demo --out out/demo
 
 test: $(DEV) ## run the tests (ARGS="-m 'not slow'" goes to pytest, WORKERS=4)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
 
 check: $(DEV) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -51,8 +51,15 @@ class Block(nn.Module):
 def network(width: int = 16) -> nn.Module:
     """A residual network of 0.2 M parameters for 32 x 32 inputs."""
     torch.manual_seed(SEED)
-    return nn.Sequential(nn.Conv2d(3, width, 3, 1, 1), Block(width, width, 1), Block(width, 2 * width, 2),
-                         Block(2 * width, 4 * width, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 1, 1),
+        Block(width, width, 1),
+        Block(width, 2 * width, 2),
+        Block(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
 
 
 def request() -> Request:
@@ -66,13 +73,16 @@ def ours(combine: object) -> Callable[[], None]:
     """STEPS steps of our Descend with a combiner."""
     model = network()
     case = Case(model, request(), ex.Classification(10), Scope.all(model), {}, Key(SEED))
-    stage = ex.Descend(forget=RandomLabel(), retain=NLL(), combine=combine, optimizer=SGD(1e-3, 0.9), steps=STEPS, batch=ROWS)
+    stage = ex.Descend(
+        forget=RandomLabel(), retain=NLL(), combine=combine, optimizer=SGD(1e-3, 0.9), steps=STEPS, batch=ROWS
+    )
     return lambda: stage(case) and None
 
 
 def _tensors() -> tuple[nn.Module, Tensor, Tensor, torch.optim.Optimizer]:
     model, asked = network(), request()
-    assert asked.forget is not None and asked.retain is not None
+    assert asked.forget is not None
+    assert asked.retain is not None
     both = [asked.forget.batch(torch.arange(ROWS)), asked.retain.batch(torch.arange(ROWS))]
     x, y = (torch.cat([batch[name] for batch in both]) for name in ("x", "y"))
     return model, x, y, torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
@@ -152,7 +162,6 @@ def memory(name: str) -> float:
 
 
 def _own_memory(name: str) -> None:
-    import torch._dynamo  # the first optimizer step imports it: not memory of the step
 
     run = VARIANTS[name]()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak that importing left behind
@@ -170,18 +179,38 @@ def main() -> None:
     table = measure()
     for name, row in table.items():
         row["peak_mib"] = memory(name)
-    result = {"what": __doc__.splitlines()[0] if __doc__ else "", "seed": SEED, "revision": revision(), "rows": [ROWS, ROWS],
-              "rounds": ROUNDS, "parameters": sum(p.numel() for p in network().parameters()),
-              "machine": {"processor": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
-                          "threads": 1}, "bounds": BOUNDS, "variants": table}
+    result = {
+        "what": __doc__.splitlines()[0] if __doc__ else "",
+        "seed": SEED,
+        "revision": revision(),
+        "rows": [ROWS, ROWS],
+        "rounds": ROUNDS,
+        "parameters": sum(p.numel() for p in network().parameters()),
+        "machine": {
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": 1,
+        },
+        "bounds": BOUNDS,
+        "variants": table,
+    }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table("variant", "ms", "ratio", "quartiles", "peak MiB", "bound", title="Cost of a step, ratio to a joint step")
+    shown = Table(
+        "variant", "ms", "ratio", "quartiles", "peak MiB", "bound", title="Cost of a step, ratio to a joint step"
+    )
     for name, row in table.items():
-        shown.add_row(name, f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}",
-                      f"{row['peak_mib']:.0f}", f"{BOUNDS[name]:.2f}" if name in BOUNDS else "")
+        shown.add_row(
+            name,
+            f"{row['milliseconds']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            f"{row['peak_mib']:.0f}",
+            f"{BOUNDS[name]:.2f}" if name in BOUNDS else "",
+        )
     Console().print(shown)
     over = [name for name, bound in BOUNDS.items() if table[name]["ratio"] > bound]
     if table["expunge explicit one-sided"]["peak_mib"] > table["joint step (plain torch)"]["peak_mib"]:

@@ -46,7 +46,13 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "scrub": {"lr": [1e-3, 2e-3], "epochs": [3, 4], "ascent_epochs": [1, 2], "retain_steps": [6]},
     "bad_teacher": {"lr": [1e-3, 2e-3], "steps": [50], "batch": [32]},
     "influence": {"scale": [1.0, 2.0, 4.0], "recursion": ["released", "exact"]},
-    "npo": {"lr": [3e-4, 6e-4], "steps": [50, 75], "batch": [32], "beta": [0.5, 1.0], "retain_weight": [2.0, 5.0, 10.0]},
+    "npo": {
+        "lr": [3e-4, 6e-4],
+        "steps": [50, 75],
+        "batch": [32],
+        "beta": [0.5, 1.0],
+        "retain_weight": [2.0, 5.0, 10.0],
+    },
     "surgery": {"lr": [0.15, 0.2], "tolerance": [-0.3, -0.5, -1.0], "steps": [25, 32], "batch": [48, 64]},
     "eupmu": {"lr": [0.1, 0.15, 0.2], "tolerance": [-0.01, -0.1], "variant": ["implicit", "fast"], "steps": [30, 40]},
 }
@@ -75,7 +81,14 @@ def problems(suite: builtin.Suite) -> Iterator[Problem]:
         original = suite.fit(train, seed)
         start = time.perf_counter()
         retrained = tuple(suite.fit(request.retain, 1000 * seed + i) for i in range(3))
-        yield Problem("memorised" if kind is None else "digit", request, test, original, retrained, (time.perf_counter() - start) / 3)
+        yield Problem(
+            "memorised" if kind is None else "digit",
+            request,
+            test,
+            original,
+            retrained,
+            (time.perf_counter() - start) / 3,
+        )
 
 
 def metrics(problem: Problem, model: nn.Module, task: Any) -> np.ndarray:
@@ -99,8 +112,13 @@ def search(names: list[str]) -> dict[str, Any]:
         for name in names:
             for settings in settings_of(GRIDS[name]):
                 try:
-                    outcome = ex.unlearn(problem.original, problem.request, task=suite.task, seed=7,
-                                         method=methods()[name].build(**settings))
+                    outcome = ex.unlearn(
+                        problem.original,
+                        problem.request,
+                        task=suite.task,
+                        seed=7,
+                        method=methods()[name].build(**settings),
+                    )
                 except (Refused, RunFailed):
                     continue
                 gap = float(np.abs(metrics(problem, outcome.model, suite.task) - target).mean())
@@ -113,8 +131,14 @@ def search(names: list[str]) -> dict[str, Any]:
         if len(results) < len(DIGITS) or float(np.median(shares)) > LIMIT:
             continue
         found.setdefault(name, {}).setdefault(kind, []).append(
-            {"settings": json.loads(settings), "left": float(np.mean(left)), "worst": max(left), "gaps": gaps,
-             "share_of_retraining": float(np.median(shares))})
+            {
+                "settings": json.loads(settings),
+                "left": float(np.mean(left)),
+                "worst": max(left),
+                "gaps": gaps,
+                "share_of_retraining": float(np.median(shares)),
+            }
+        )
     for kinds in found.values():
         for kind in kinds:
             kinds[kind] = sorted(kinds[kind], key=lambda row: row["left"])[:3]
@@ -129,12 +153,25 @@ def main() -> None:
     chosen = parser.parse_args().methods
     found = json.loads(RESULT.read_text())["methods"] if RESULT.exists() else {}
     found.update(search(chosen))
-    RESULT.write_text(json.dumps({"rule": "mean share of do-nothing's gap over the tuning requests", "digits": DIGITS,
-                                  "memorised_seeds": MEMORISED, "revision": revision(), "methods": found}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps(
+            {
+                "rule": "mean share of do-nothing's gap over the tuning requests",
+                "digits": DIGITS,
+                "memorised_seeds": MEMORISED,
+                "revision": revision(),
+                "methods": found,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     for name, kinds in found.items():
         for kind, rows in kinds.items():
-            print(f"{name:16s} {kind:10s} left {rows[0]['left']:.2f} worst {rows[0]['worst']:.2f} "
-                  f"gaps {np.round(rows[0]['gaps'], 1)} time {rows[0]['share_of_retraining']:.3f} {rows[0]['settings']}")
+            print(
+                f"{name:16s} {kind:10s} left {rows[0]['left']:.2f} worst {rows[0]['worst']:.2f} "
+                f"gaps {np.round(rows[0]['gaps'], 1)} time {rows[0]['share_of_retraining']:.3f} {rows[0]['settings']}"
+            )
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from expunge.gramian import one_sided
 from expunge.criteria import surgery
+from expunge.gramian import one_sided
 
 LAG = 0.15
 START = (0.3, 0.5, 0.0)  # angle, rate, torque

@@ -66,20 +66,25 @@ def _pair(oracle: Oracle, protect: str) -> tuple[Grads, Grads]:
 def _others(oracle: Oracle, protect: str) -> list[str]:
     """The roles that the protected one is protected from."""
     if protect not in oracle.roles or len(oracle.roles) < 2:
-        raise RunFailed(f"this combiner protects role {protect!r} from the others: expected that role and at least one "
-                        f"more, found {', '.join(oracle.roles)}")
+        raise RunFailed(
+            f"this combiner protects role {protect!r} from the others: expected that role and at least one "
+            f"more, found {', '.join(oracle.roles)}"
+        )
     return [role for role in oracle.roles if role != protect]
 
 
 def _report(oracle: Oracle, table: Tensor, weights: Tensor) -> None:
     """Write what the two-objective table says into the step's record."""
     a, b, c = float(table[0, 0]), float(table[0, 1]), float(table[1, 1])
-    oracle.report.update({
-        "forget_norm": math.sqrt(a), "retain_norm": math.sqrt(c),
-        "cosine": b / math.sqrt(a * c) if a > 0 and c > 0 else 0.0,
-        "multiplier": float(weights[1] / weights[0]) if float(weights[0]) else 0.0,
-        "retain_slope": float(weights[0] * b + weights[1] * c),
-    })
+    oracle.report.update(
+        {
+            "forget_norm": math.sqrt(a),
+            "retain_norm": math.sqrt(c),
+            "cosine": b / math.sqrt(a * c) if a > 0 and c > 0 else 0.0,
+            "multiplier": float(weights[1] / weights[0]) if float(weights[0]) else 0.0,
+            "retain_slope": float(weights[0] * b + weights[1] * c),
+        }
+    )
 
 
 def table_of(grads: list[Grads]) -> Tensor:
@@ -226,8 +231,10 @@ def _dual_adam(state: State, slope: float, lr: float, decay: float) -> State:
 
 def _log(role: str, loss: float, floor: float) -> float:
     if loss - floor + TINY <= 0:
-        raise RunFailed(f"the log form needs the loss of role {role!r} above its floor {floor:g}, found {loss:g}: use a "
-                        f"forgetting loss that is bounded below, give its floor, or use form='raw'")
+        raise RunFailed(
+            f"the log form needs the loss of role {role!r} above its floor {floor:g}, found {loss:g}: use a "
+            f"forgetting loss that is bounded below, give its floor, or use form='raw'"
+        )
     return math.log(loss - floor + TINY)
 
 
@@ -278,7 +285,9 @@ class ImplicitSurgery:
     def _log_gradient(self, oracle: Oracle, others: list[str], weight: float) -> Grads:
         """grad log L = grad L / L, with L read off as its own graph is built."""
         if len(others) != 1:
-            raise RunFailed(f"the log form takes one role beside {self.protect!r}, found {', '.join(others)}: use form='raw'")
+            raise RunFailed(
+                f"the log form takes one role beside {self.protect!r}, found {', '.join(others)}: use form='raw'"
+            )
 
         def slope(role: str, scale: float, floor: float) -> Callable[[float], float]:
             return lambda loss: scale / math.exp(_log(role, loss, floor))
@@ -354,9 +363,13 @@ class OfMeans:
 
     def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
         grads = {role: oracle.grad({role: 1.0}) for role in oracle.roles}
-        losses = {role: torch.tensor(oracle.losses[role], dtype=torch.float64, requires_grad=True) for role in oracle.roles}
+        losses = {
+            role: torch.tensor(oracle.losses[role], dtype=torch.float64, requires_grad=True) for role in oracle.roles
+        }
         slopes = torch.autograd.grad(self.function(losses), list(losses.values()), allow_unused=True)
-        terms = [(0.0 if slope is None else float(slope), grads[role]) for role, slope in zip(losses, slopes, strict=True)]
+        terms = [
+            (0.0 if slope is None else float(slope), grads[role]) for role, slope in zip(losses, slopes, strict=True)
+        ]
         return runtime.linear(*terms), state
 
 
@@ -419,7 +432,11 @@ class Alternate:
         number = self._at(after.step)
         turn = self.turns[number]
         settle = getattr(turn.combine, "settle", None)
-        return state if settle is None else {**state, str(number): settle(after.view(turn.roles, turn.scope), state[str(number)])}
+        return (
+            state
+            if settle is None
+            else {**state, str(number): settle(after.view(turn.roles, turn.scope), state[str(number)])}
+        )
 
 
 @dataclass(frozen=True)
@@ -494,7 +511,9 @@ class _ForwardOnly:
 
     def grad(self, weights: Mapping[str, Weight], scope: Scope | None = None) -> Grads:
         oracle, scope = self._oracle, scope or self._oracle.case.scope
-        numbers = {role: weight(oracle.losses[role]) if callable(weight) else weight for role, weight in weights.items()}
+        numbers = {
+            role: weight(oracle.losses[role]) if callable(weight) else weight for role, weight in weights.items()
+        }
         active = {role: weight for role, weight in numbers.items() if weight != 0.0}
         base = sum(weight * oracle.losses[role] for role, weight in active.items())
         parameters = {name: p for name, p in oracle.parameters.items() if name in scope}
@@ -512,8 +531,10 @@ class _ForwardOnly:
             return
         generator = self._oracle.draws.key.at("directions", self._oracle.step).generator()
         for _ in range(self._directions):
-            direction = {name: runtime.shard_like(torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device), p)
-                         for name, p in parameters.items()}
+            direction = {
+                name: runtime.shard_like(torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device), p)
+                for name, p in parameters.items()
+            }
             scope.cut(direction, self._oracle.case.model)
             yield {name: self._mu * values for name, values in direction.items()}, direction, 1.0 / self._directions
 

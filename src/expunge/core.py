@@ -271,8 +271,10 @@ class Case:
         """
         if name not in self.teachers:
             have = ", ".join(sorted(self.teachers)) or "none"
-            raise Refused(f"this run has no teacher {name!r} (it has {have}): run with copy=True, in an adapter, or "
-                          f"with a cached reference column")
+            raise Refused(
+                f"this run has no teacher {name!r} (it has {have}): run with copy=True, in an adapter, or "
+                f"with a cached reference column"
+            )
         teacher = self.teachers[name]
         opened = teacher.opened(self) if hasattr(teacher, "opened") else contextlib.nullcontext(teacher)
         with opened as model, eval_mode(model), torch.set_grad_enabled(differentiable):

@@ -105,8 +105,9 @@ def mean_gradient(case: Case, data: Data, objective: Objective, chunk: int = 64,
     return runtime.linear((1.0 / scale, total))
 
 
-def woodfisher_exact(case: Case, data: Data, objective: Objective, vector: Grads, damping: float, chunk: int = 64,
-                     key: Key = Key(0)) -> Grads:
+def woodfisher_exact(
+    case: Case, data: Data, objective: Objective, vector: Grads, damping: float, chunk: int = 64, key: Key = Key(0)
+) -> Grads:
     """``(damping I + 1/n sum_i g_i g_i^T)^-1 vector``, the inverse that WoodFisher's recursion builds one g at a time.
 
     All rank-one updates are made at once (Woodbury): with G the [n, P] matrix of per-example gradients, the result is
@@ -127,8 +128,10 @@ def woodfisher_exact(case: Case, data: Data, objective: Objective, vector: Grads
     names = list(case.scope.parameters(case.model))
     width = sum(p.numel() * p.element_size() for p in case.scope.parameters(case.model).values())
     if len(data) * width > EXACT_MEMORY:
-        raise Refused(f"the exact inverse keeps {len(data)} gradients of {width >> 20} MiB each: give at most "
-                      f"{EXACT_MEMORY // width} examples, a smaller scope, or use recursion='released'")
+        raise Refused(
+            f"the exact inverse keeps {len(data)} gradients of {width >> 20} MiB each: give at most "
+            f"{EXACT_MEMORY // width} examples, a smaller scope, or use recursion='released'"
+        )
     blocks, weights = [], []
     for grads, weight in _parts(case, data, objective, chunk, key):
         blocks.append(_flat(grads, names))

@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 INTENT = {
     "digit": "Forget one whole digit: every training record of the {digit}.",
     "memorised": "Forget the tenth of the training records that the model fits but would not predict had it not seen them, "
-                 "by their loss under models trained without them. These are what a network knows by heart.",
+    "by their loss under models trained without them. These are what a network knows by heart.",
 }
 SCORES = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership_auc", "average_gap")
 
@@ -74,9 +74,13 @@ def run(out: str | Path = "out/demo", seed: int = 0) -> dict[str, Any]:
     sections = [Section(report.title, report) for report in reports.values()]
     with writing(out):
         write_bytes(out / "summary.json", json.dumps(summary, indent=1).encode())
-        write_page(out / "report.html", "expunge: digits that were forgotten", sections,
-                   intro="A small convolutional network was trained on 1,457 scans of handwritten digits, then asked to forget. "
-                         "Each method is judged by how near it comes to networks retrained without those records.")
+        write_page(
+            out / "report.html",
+            "expunge: digits that were forgotten",
+            sections,
+            intro="A small convolutional network was trained on 1,457 scans of handwritten digits, then asked to forget. "
+            "Each method is judged by how near it comes to networks retrained without those records.",
+        )
     return {**summary, "_reports": reports}
 
 
@@ -87,15 +91,26 @@ def compared(seed: int) -> Any:
     with progress("demo", steps) as show:
         done = _Counter(show)
         original = done(digits.fit(seed=Key(seed).at("original").seed))
-        asked = {"digit": split(digits.train, forget=f"label == {DIGIT}"),
-                 "memorised": most_memorised(digits, digits.train, seed, tick=done)}
+        asked = {
+            "digit": split(digits.train, forget=f"label == {DIGIT}"),
+            "memorised": most_memorised(digits, digits.train, seed, tick=done),
+        }
         for name, request in asked.items():
             trained = retrained(digits, request, original, Key(seed).at(name).seed, done)
             outcomes = {method: done(outcome) for method, outcome in forgotten(digits, trained, name, seed)}
             runs = {method: (outcome.model, outcome.record) for method, outcome in outcomes.items()}
-            report = compare(original, runs, request, digits.task, digits.test, trained.retrained, trained.records,
-                             title=f"{name}: {INTENT[name].format(digit=DIGIT)}", names=[str(label) for label in range(10)],
-                             key=Key(seed))
+            report = compare(
+                original,
+                runs,
+                request,
+                digits.task,
+                digits.test,
+                trained.retrained,
+                trained.records,
+                title=f"{name}: {INTENT[name].format(digit=DIGIT)}",
+                names=[str(label) for label in range(10)],
+                key=Key(seed),
+            )
             yield name, report, outcomes
 
 
@@ -131,7 +146,9 @@ def forgotten(digits: Suite, trained: Trained, name: str, seed: int) -> Any:
         yield method, unlearn(trained.original, trained.request, task=digits.task, method=stage, seed=seed)
 
 
-def most_memorised(digits: Suite, train: Data, seed: int, share: float = 0.1, tick: Callable[[Any], Any] = lambda x: x) -> Request:
+def most_memorised(
+    digits: Suite, train: Data, seed: int, share: float = 0.1, tick: Callable[[Any], Any] = lambda x: x
+) -> Request:
     """Forget the share of the records with the largest out-of-fold loss: what the model knows only by having seen it.
 
     Each record's loss is that of a model trained, by the suite's own recipe, on the folds without it.
@@ -145,7 +162,7 @@ def most_memorised(digits: Suite, train: Data, seed: int, share: float = 0.1, ti
         model = tick(digits.fit(train.select(torch.nonzero(outside).flatten()), Key(seed).at("fold", fold).seed))
         with torch.no_grad():
             loss[inside] = torch.cat([digits.task.nll(model, batch) for batch in train.select(inside).batches(1024)])
-    hardest = loss.argsort(descending=True)[:round(share * len(train))]
+    hardest = loss.argsort(descending=True)[: round(share * len(train))]
     return split(train, forget=train.ids[hardest])
 
 
@@ -153,14 +170,26 @@ def summarise(reports: Mapping[str, Report], seed: int) -> dict[str, Any]:
     """JSON: each row of each request with its scores as value, low, high (accuracies and gaps in points)."""
     rows = {name: [_row(row) for row in report.rows] for name, report in reports.items()}
     floor = {name: _score(report.row("retrain"), "average_gap")["value"] for name, report in reports.items()}
-    return {"requests": rows, "floor": floor, "seed": seed, "revision": revision(), "references": REFERENCES,
-            "notes": {name: list(report.notes) for name, report in reports.items()}}
+    return {
+        "requests": rows,
+        "floor": floor,
+        "seed": seed,
+        "revision": revision(),
+        "references": REFERENCES,
+        "notes": {name: list(report.notes) for name, report in reports.items()},
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:
     cost = row.record.get("cost", row.record)
-    return {"method": row.name, **{score: _score(row, score) for score in SCORES}, "seconds": cost.get("seconds", 0.0),
-            "backward_examples": cost.get("backward", 0), "verdict": row.verdict, "notes": list(row.notes)}
+    return {
+        "method": row.name,
+        **{score: _score(row, score) for score in SCORES},
+        "seconds": cost.get("seconds", 0.0),
+        "backward_examples": cost.get("backward", 0),
+        "verdict": row.verdict,
+        "notes": list(row.notes),
+    }
 
 
 def _score(row: Row, name: str) -> dict[str, float]:

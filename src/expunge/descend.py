@@ -109,14 +109,20 @@ class Descend:
         if not roles:
             raise Refused("Descend has no objective: give forget=, retain= or others=")
         if (self.steps is None) == (self.epochs is None):
-            raise Refused(f"Descend needs exactly one of steps and epochs, found steps={self.steps}, epochs={self.epochs}")
+            raise Refused(
+                f"Descend needs exactly one of steps and epochs, found steps={self.steps}, epochs={self.epochs}"
+            )
         if self.accumulate > 1 and self.norm_stats == "live":
-            raise Refused("accumulate > 1 with norm_stats='live' is refused: batch statistics would depend on how a batch "
-                          "is cut; use norm_stats='frozen' or accumulate=1")
+            raise Refused(
+                "accumulate > 1 with norm_stats='live' is refused: batch statistics would depend on how a batch "
+                "is cut; use norm_stats='frozen' or accumulate=1"
+            )
         if runtime.world() > 1 and self.norm_stats == "live":
-            raise Refused("norm_stats='live' with several processes is refused: each would see the batch statistics of its own "
-                          "rows; use norm_stats='frozen'")
-        for role, on in roles.items():
+            raise Refused(
+                "norm_stats='live' with several processes is refused: each would see the batch statistics of its own "
+                "rows; use norm_stats='frozen'"
+            )
+        for _role, on in roles.items():
             if on.source is not None:
                 case.request.data(on.source)
         if self.steps is not None:
@@ -191,8 +197,15 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.plan.schedule.factor(share)
         draws = Draws(self.case, self.roles, self.key, self.step, self.sizes, clock_of(self.plan.combine))
-        oracle = Oracle(self.case, self.roles, draws, accumulate=self.plan.accumulate, step=self.step, progress=share,
-                        lr=self.optimizer.param_groups[0]["lr"])
+        oracle = Oracle(
+            self.case,
+            self.roles,
+            draws,
+            accumulate=self.plan.accumulate,
+            step=self.step,
+            progress=share,
+            lr=self.optimizer.param_groups[0]["lr"],
+        )
         with self._noise():
             grads, self.state = self.plan.combine.combine(oracle, self.state)
         for name, parameter in self.scope.parameters.items():
@@ -236,8 +249,10 @@ class _Run:
         if self.watched is None:
             raise Diverged(f"{reason}; nothing was kept, because this stage has no guard")
         self._put_back(self.watched.kept)
-        self.case.meter.note(f"stopped at step {self.step} of {self.steps}: {reason}; the state of step "
-                             f"{self.watched.kept_step} was kept")
+        self.case.meter.note(
+            f"stopped at step {self.step} of {self.steps}: {reason}; the state of step "
+            f"{self.watched.kept_step} was kept"
+        )
 
     def _snapshot(self) -> dict[str, Tensor]:
         """What this stage can change: parameters in scope, and buffers where normalisation is live."""
@@ -254,9 +269,14 @@ class _Run:
                 target.copy_(value)
 
     def _checkpoint(self) -> dict[str, Any]:
-        return {"step": self.step, "weights": self._snapshot(), "optimizer": self.optimizer.state_dict(),
-                "combiner": self.state, "meter": self.case.meter.state(),
-                "guard": None if self.watched is None else self.watched.state()}
+        return {
+            "step": self.step,
+            "weights": self._snapshot(),
+            "optimizer": self.optimizer.state_dict(),
+            "combiner": self.state,
+            "meter": self.case.meter.state(),
+            "guard": None if self.watched is None else self.watched.state(),
+        }
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.step = saved["step"]
@@ -287,7 +307,7 @@ class _Watch:
             self.case.meter.note("no retain or validation data was given: nothing could watch the loss of utility")
             return None
         order = torch.randperm(len(data), generator=self.key.at("probe").generator())
-        return data.select(order[:self.guard.probe].sort().values)
+        return data.select(order[: self.guard.probe].sort().values)
 
     def begin(self, snapshot: dict[str, Tensor]) -> None:
         if self.data is not None:
@@ -309,8 +329,10 @@ class _Watch:
         self.outside += 1
         if self.outside < self.guard.patience and step < max(self.at) and math.isfinite(loss):
             return None
-        return (f"stopped at step {step} of {max(self.at)}: the retain loss rose from {self.start:.4g} to {loss:.4g}, above "
-                f"its bound {self.bound:.4g}; the state of step {self.kept_step} was kept")
+        return (
+            f"stopped at step {step} of {max(self.at)}: the retain loss rose from {self.start:.4g} to {loss:.4g}, above "
+            f"its bound {self.bound:.4g}; the state of step {self.kept_step} was kept"
+        )
 
     def _loss(self) -> float:
         assert self.data is not None
@@ -318,8 +340,13 @@ class _Watch:
             return mean_loss(self.case, self.data, NLL(), min(256, len(self.data)), self.key)
 
     def state(self) -> dict[str, Any]:
-        return {"kept": self.kept, "kept_step": self.kept_step, "outside": self.outside, "start": self.start,
-                "bound": self.bound}
+        return {
+            "kept": self.kept,
+            "kept_step": self.kept_step,
+            "outside": self.outside,
+            "start": self.start,
+            "bound": self.bound,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.kept, self.kept_step = state["kept"], state["kept_step"]

@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from expunge.core import Grads, Key, Refused
 
 
-def dampen(weights: Mapping[str, Tensor], forget_importance: Grads, all_importance: Grads, threshold: float,
-           strength: float = 1.0, exponent: float = 1.0) -> Grads:
+def dampen(
+    weights: Mapping[str, Tensor],
+    forget_importance: Grads,
+    all_importance: Grads,
+    threshold: float,
+    strength: float = 1.0,
+    exponent: float = 1.0,
+) -> Grads:
     """Shrink the weights that matter more to the forget data than to all data (SSD, arXiv:2308.07707, eq. 4 to 6).
 
     Where ``I_f > threshold * I_D``: ``w <- w * min((strength * I_D / I_f) ** exponent, 1)``; elsewhere w, to the bit.
@@ -47,8 +53,11 @@ def dampen(weights: Mapping[str, Tensor], forget_importance: Grads, all_importan
 
 def selected(forget_importance: Grads, all_importance: Grads, threshold: float) -> int:
     """How many weights ``dampen`` selects at this threshold."""
-    return sum(int((forget > threshold * all_importance[name]).sum()) for name, forget in forget_importance.items()
-               if name in all_importance)
+    return sum(
+        int((forget > threshold * all_importance[name]).sum())
+        for name, forget in forget_importance.items()
+        if name in all_importance
+    )
 
 
 def reinitialise(model: nn.Module, key: Key, make: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -112,8 +121,10 @@ def _made(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     old, new = _shapes(model), _shapes(fresh)
     if old != new:
         name = next(n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n))
-        raise Refused(f"make returned another model: {name!r} is {_shape(new, name)} there, {_shape(old, name)} in the "
-                      f"trained one; expected the same names and shapes")
+        raise Refused(
+            f"make returned another model: {name!r} is {_shape(new, name)} there, {_shape(old, name)} in the "
+            f"trained one; expected the same names and shapes"
+        )
     return fresh
 
 

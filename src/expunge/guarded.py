@@ -16,8 +16,9 @@ from expunge.scope import edit
 STEPS, FACTOR = 20, 0.7
 
 
-def guarded_edit(case: Case, at: Callable[[float], Grads], dose: float, key: Key, *, name: str, rise: float,
-                 probe: int = 256) -> float:
+def guarded_edit(
+    case: Case, at: Callable[[float], Grads], dose: float, key: Key, *, name: str, rise: float, probe: int = 256
+) -> float:
     """Edit the model to ``at(dose)``, or to the first of ``at(0.7 dose)``, ``at(0.49 dose)``, ... that keeps its bound.
 
     The bound is on the task's NLL per unit over a fixed probe of retain examples (validation, where there are none):
@@ -49,8 +50,10 @@ def guarded_edit(case: Case, at: Callable[[float], Grads], dose: float, key: Key
     if taken == 0:
         edit(case, before)
     if taken != dose:
-        case.meter.note(f"{name} was lowered from {dose:g} to {taken:g}: at {dose:g} the retain loss would have risen "
-                        f"from {start:.4g} to above its bound {bound:.4g}")
+        case.meter.note(
+            f"{name} was lowered from {dose:g} to {taken:g}: at {dose:g} the retain loss would have risen "
+            f"from {start:.4g} to above its bound {bound:.4g}"
+        )
     return taken
 
 

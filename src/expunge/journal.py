@@ -103,8 +103,9 @@ def load_tree(path: Path) -> Any:
             tree = json.loads(file.metadata()["tree"])
             return unpack(tree, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise Refused(f"{path} is not a whole checkpoint of expunge ({error}); delete it, or give another out "
-                      f"folder") from error
+        raise Refused(
+            f"{path} is not a whole checkpoint of expunge ({error}); delete it, or give another out folder"
+        ) from error
 
 
 def described(part: Any) -> str:
@@ -203,8 +204,10 @@ def _flat(stages: Sequence[Stage]) -> list[Stage]:
 
 def _named(request: Request) -> dict[str, Data]:
     parts = {"forget": request.forget, "retain": request.retain, "valid": request.valid}
-    return {**{name: data for name, data in parts.items() if data is not None},
-            **{f"extra/{name}": data for name, data in request.extra.items()}}
+    return {
+        **{name: data for name, data in parts.items() if data is not None},
+        **{f"extra/{name}": data for name, data in request.extra.items()},
+    }
 
 
 def _save_data(data: Data, roots: Mapping[str, Data]) -> Any:
@@ -249,8 +252,16 @@ def _save_case(case: Case, roots: Mapping[str, Data], structure: Mapping[str, Te
             return None
         teachers[name] = _weights(teacher)
     trainable = [name for name, p in case.model.named_parameters() if p.requires_grad]
-    return {"weights": weights, "trainable": trainable, "data": parts, "concepts": case.request.concepts,
-            "scope": dict(case.scope.masks), "rng": case.rng.seed, "meter": case.meter.state(), "teachers": teachers}
+    return {
+        "weights": weights,
+        "trainable": trainable,
+        "data": parts,
+        "concepts": case.request.concepts,
+        "scope": dict(case.scope.masks),
+        "rng": case.rng.seed,
+        "meter": case.meter.state(),
+        "teachers": teachers,
+    }
 
 
 def _load_case(tree: Any, case: Case, roots: Mapping[str, Data]) -> Case:
@@ -263,8 +274,11 @@ def _load_case(tree: Any, case: Case, roots: Mapping[str, Data]) -> Case:
         parameter.requires_grad_(name in tree["trainable"])
     parts = {name: _load_data(data, roots) for name, data in tree["data"].items()}
     named = {name: parts.pop(name, None) for name in ("forget", "retain", "valid")}
-    request = Request(**named, concepts=tuple(tree["concepts"]),
-                      extra={name.removeprefix("extra/"): data for name, data in parts.items()})
+    request = Request(
+        **named,
+        concepts=tuple(tree["concepts"]),
+        extra={name.removeprefix("extra/"): data for name, data in parts.items()},
+    )
     case.meter.load(tree["meter"])
     scope = Scope(tree["scope"], case.scope.universe)
     return replace(case, request=request, scope=scope, teachers=teachers, rng=Key(tree["rng"]))

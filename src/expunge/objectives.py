@@ -75,8 +75,10 @@ def with_reference(case: Case, batch: Batch, teacher: str) -> Batch:
     """The batch with the teacher's summed NLL as column ``reference``, unless the data already carries it."""
     if "reference" in batch:
         if case.task.stochastic:
-            raise Refused(f"a cached reference cannot be used with task {case.task.name!r}: its batches are drawn with "
-                          f"noise, so a reference belongs to one draw; use the teacher instead")
+            raise Refused(
+                f"a cached reference cannot be used with task {case.task.name!r}: its batches are drawn with "
+                f"noise, so a reference belongs to one draw; use the teacher instead"
+            )
         return batch
     with case.teacher(teacher) as model:
         return {**batch, "reference": case.task.nll(model, batch)}
@@ -171,8 +173,10 @@ class Margin:
             raise Refused(f"objective Margin needs class logits, which task {task.name!r} does not have")
         logits = task.logits(case.model, batch)
         if logits.ndim != 2:
-            raise Refused(f"objective Margin needs one row of class logits per example; task {task.name!r} gives "
-                          f"{logits.ndim - 1} dimensions of them")
+            raise Refused(
+                f"objective Margin needs one row of class logits per example; task {task.name!r} gives "
+                f"{logits.ndim - 1} dimensions of them"
+            )
         label = task.labels(batch)[:, None]
         true = logits.gather(1, label).squeeze(1)
         other = logits.scatter(1, label, -torch.inf).amax(1)
@@ -220,7 +224,10 @@ class EWC:
     parameters_only: bool = field(default=True, init=False)
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
-        terms = [runtime.total(runtime.shard_like(self.importance[name], p)
-                               * (p - runtime.shard_like(self.anchor[name], p)).square())
-                 for name, p in case.scope.parameters(case.model).items()]
+        terms = [
+            runtime.total(
+                runtime.shard_like(self.importance[name], p) * (p - runtime.shard_like(self.anchor[name], p)).square()
+            )
+            for name, p in case.scope.parameters(case.model).items()
+        ]
         return 0.5 * torch.stack(terms).sum().reshape(1)

@@ -16,13 +16,17 @@ from expunge.core import Refused
 
 def _groups(parameters: Mapping[str, nn.Parameter], lr: float, patterns: Mapping[str, float]) -> list[dict[str, Any]]:
     """Parameter groups by name pattern -> learning rate; the first pattern that matches wins."""
-    rates = {name: next((rate for pattern, rate in patterns.items() if fnmatch.fnmatchcase(name, pattern)), lr)
-             for name in parameters}
+    rates = {
+        name: next((rate for pattern, rate in patterns.items() if fnmatch.fnmatchcase(name, pattern)), lr)
+        for name in parameters
+    }
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in parameters):
             raise Refused(f"optimizer group {pattern!r} matches no parameter in scope")
-    return [{"params": [parameters[n] for n in parameters if rates[n] == rate], "lr": rate}
-            for rate in dict.fromkeys(rates.values())]
+    return [
+        {"params": [parameters[n] for n in parameters if rates[n] == rate], "lr": rate}
+        for rate in dict.fromkeys(rates.values())
+    ]
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,12 @@ class SGD:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
-        return torch.optim.SGD(_groups(parameters, self.lr, self.groups), momentum=self.momentum,
-                               weight_decay=self.weight_decay, nesterov=self.nesterov)
+        return torch.optim.SGD(
+            _groups(parameters, self.lr, self.groups),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.nesterov,
+        )
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,9 @@ class Adam:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
-        return torch.optim.Adam(_groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps,
-                                weight_decay=self.weight_decay)
+        return torch.optim.Adam(
+            _groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,9 @@ class AdamW:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
-        return torch.optim.AdamW(_groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps,
-                                 weight_decay=self.weight_decay)
+        return torch.optim.AdamW(
+            _groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+        )
 
 
 Optimizer = SGD | Adam | AdamW

@@ -43,7 +43,7 @@ def positions(key: Key, size: int, batch: int, index: int) -> Tensor:
     parts = []
     for epoch in range(start // size, (stop - 1) // size + 1):
         order = torch.randperm(size, generator=key.at("epoch", epoch).generator())
-        parts.append(order[max(0, start - epoch * size):min(size, stop - epoch * size)])
+        parts.append(order[max(0, start - epoch * size) : min(size, stop - epoch * size)])
     return torch.cat(parts)
 
 
@@ -53,8 +53,15 @@ class Draws:
     Roles on one source see the same examples, and the same randomness of the modality.
     """
 
-    def __init__(self, case: Case, roles: Mapping[str, On], key: Key, step: int, sizes: Mapping[str, int],
-                 clock: Callable[[str, int], int]):
+    def __init__(
+        self,
+        case: Case,
+        roles: Mapping[str, On],
+        key: Key,
+        step: int,
+        sizes: Mapping[str, int],
+        clock: Callable[[str, int], int],
+    ):
         self.case, self.roles, self.key, self.step, self.sizes, self.clock = case, roles, key, step, sizes, clock
         self._prepared: dict[tuple[str, int], Batch] = {}
         self._drawn: dict[str, Batch] = {}
@@ -63,7 +70,9 @@ class Draws:
         """The role's batch, prepared by the task and drawn by its objective; whole, on the model's device."""
         if role not in self._drawn:
             on = self.roles[role]
-            batch = self._source(role, on.source) if on.source is not None else {"id": torch.zeros(1, dtype=torch.int64)}
+            batch = (
+                self._source(role, on.source) if on.source is not None else {"id": torch.zeros(1, dtype=torch.int64)}
+            )
             draw = getattr(on.objective, "draw", None)
             if draw is not None:
                 batch = draw(self.case, batch, self.key.at("draw", role, self.clock(role, self.step)))
@@ -118,8 +127,18 @@ class Oracle:
         report: what a combiner wants recorded of this step (norms, cosine, multiplier).
     """
 
-    def __init__(self, case: Case, roles: Mapping[str, On], draws: Draws, *, accumulate: int = 1, step: int = 0,
-                 progress: float = 0.0, lr: float = 0.0, shift: Grads | None = None):
+    def __init__(
+        self,
+        case: Case,
+        roles: Mapping[str, On],
+        draws: Draws,
+        *,
+        accumulate: int = 1,
+        step: int = 0,
+        progress: float = 0.0,
+        lr: float = 0.0,
+        shift: Grads | None = None,
+    ):
         self.case, self.roles, self.draws = case, roles, draws
         self.accumulate, self.step, self.progress, self.lr, self.shift = accumulate, step, progress, lr, shift
         self.parameters = case.scope.parameters(case.model)
@@ -147,8 +166,16 @@ class Oracle:
         return view
 
     def _like(self, shift: Grads | None, case: Case | None = None, roles: Mapping[str, On] | None = None) -> Oracle:
-        return Oracle(case or self.case, self.roles if roles is None else roles, self.draws, accumulate=self.accumulate,
-                      step=self.step, progress=self.progress, lr=self.lr, shift=shift)
+        return Oracle(
+            case or self.case,
+            self.roles if roles is None else roles,
+            self.draws,
+            accumulate=self.accumulate,
+            step=self.step,
+            progress=self.progress,
+            lr=self.lr,
+            shift=shift,
+        )
 
     def evaluate(self, role: str) -> float:
         """The role's loss, without a graph."""
@@ -183,15 +210,19 @@ class Oracle:
         total = 0.0
         for loss in self._pieces(role):
             if not loss.requires_grad:
-                raise RunFailed(f"the loss of role {role!r} depends on none of the {len(self.parameters)} parameters in scope: widen "
-                                f"the scope, or check that the model does not detach its output")
+                raise RunFailed(
+                    f"the loss of role {role!r} depends on none of the {len(self.parameters)} parameters in scope: widen "
+                    f"the scope, or check that the model does not detach its output"
+                )
             value = float(loss.detach().double())
             (loss * weigh(value)).backward()
             self.case.meter.differentiated()
             total += value
         return total
 
-    def _backward_by_loss(self, role: str, weigh: Callable[[float], float], parameters: Mapping[str, nn.Parameter]) -> None:
+    def _backward_by_loss(
+        self, role: str, weigh: Callable[[float], float], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
         """Accumulate the role's gradient times a function of its loss over the whole logical batch."""
         if self.accumulate == 1 and runtime.world() == 1:
             self.losses.known[role] = self._finish(role, self._backward(role, weigh))
@@ -215,15 +246,25 @@ class Oracle:
 
         names = list(self.parameters)
         if any(runtime.sharded(p) for p in self.parameters.values()):
-            raise RunFailed("second derivatives of sharded parameters are not available: run data parallel, or take a difference "
-                            "of gradients with oracle.at(shift)")
+            raise RunFailed(
+                "second derivatives of sharded parameters are not available: run data parallel, or take a difference "
+                "of gradients with oracle.at(shift)"
+            )
         with self._shifted(), sdpa_kernel(SDPBackend.MATH):
             for role, vector in vectors.items():
                 total = 0.0
                 for loss in self._pieces(role):
-                    grads = torch.autograd.grad(loss, list(self.parameters.values()), create_graph=True, allow_unused=True)
-                    inner = sum(((g * vector[n]).sum() for n, g in zip(names, grads, strict=True)
-                                 if g is not None and n in vector), start=torch.zeros((), device=loss.device))
+                    grads = torch.autograd.grad(
+                        loss, list(self.parameters.values()), create_graph=True, allow_unused=True
+                    )
+                    inner = sum(
+                        (
+                            (g * vector[n]).sum()
+                            for n, g in zip(names, grads, strict=True)
+                            if g is not None and n in vector
+                        ),
+                        start=torch.zeros((), device=loss.device),
+                    )
                     inner.backward()
                     self.case.meter.differentiated(2)
                     total += float(loss.detach().double())
@@ -254,8 +295,10 @@ class Oracle:
     def _finish(self, role: str, value: float) -> float:
         value = float(runtime.all_sum(torch.tensor([value], dtype=torch.float64))) if runtime.world() > 1 else value
         if not math.isfinite(value):
-            raise Diverged(f"the loss of role {role!r} is {value} at step {self.step}: expected a finite number; lower "
-                           f"the learning rate, or use a forgetting loss that is bounded")
+            raise Diverged(
+                f"the loss of role {role!r} is {value} at step {self.step}: expected a finite number; lower "
+                f"the learning rate, or use a forgetting loss that is bounded"
+            )
         return value
 
     @contextlib.contextmanager
@@ -305,8 +348,10 @@ def per_example(case: Case, objective: Objective, batch: Batch) -> Tensor:
     """The objective's values, held to one number per example."""
     values = objective(case, batch)
     if values.shape != (rows_of(batch),):
-        raise Refused(f"objective {objective!r} returned shape {tuple(values.shape)} for {rows_of(batch)} examples: "
-                      f"expected one loss per example, not reduced")
+        raise Refused(
+            f"objective {objective!r} returned shape {tuple(values.shape)} for {rows_of(batch)} examples: "
+            f"expected one loss per example, not reduced"
+        )
     return values
 
 
@@ -377,8 +422,10 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
         case.meter.backward += rows_of(batch)
     except (RuntimeError, NotImplementedError) as error:
         case.meter.forward = before
-        case.meter.note(f"per-example gradients were taken one at a time: the model cannot be batched over examples "
-                        f"({str(error).splitlines()[0][:120]})")
+        case.meter.note(
+            f"per-example gradients were taken one at a time: the model cannot be batched over examples "
+            f"({str(error).splitlines()[0][:120]})"
+        )
         rows = [sum_gradient(case, objective, take(batch, torch.tensor([i]))) for i in range(rows_of(batch))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {name: _masked(case, name, grad) for name, grad in grads.items()}

@@ -32,8 +32,10 @@ class CacheReference:
 
     def __call__(self, case: Case) -> Case:
         if case.task.stochastic:
-            raise Refused(f"CacheReference cannot be used with task {case.task.name!r}: its batches are drawn with "
-                          f"noise, so a reference belongs to one draw; use the original model as a teacher instead")
+            raise Refused(
+                f"CacheReference cannot be used with task {case.task.name!r}: its batches are drawn with "
+                f"noise, so a reference belongs to one draw; use the original model as a teacher instead"
+            )
         key, rng = case.rng.take()
         data = case.request.data("forget")
         with torch.no_grad(), eval_mode(case.model), case.meter.watch(case.model):

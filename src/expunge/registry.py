@@ -60,7 +60,8 @@ class Method:
             ``column:NAME``, a column of the forget data.
         dose: name of the setting that is 0 for the identity; None with a reason in `departures`.
         promise: "approximate", or "exact" where it equals retraining to the bit.
-        cost: ``{"forward": expression, "backward": expression}`` in rows, over the settings and n_forget, n_retain.
+        cost: ``{"forward": expression, "backward": expression}`` in rows, over the settings, n_forget, n_retain, and
+            ``relabel``, the forward rows that a wrong answer costs: 0, or 1 for a task that asks the model for it.
         departures: key -> why it departs from its paper, from the authors' code or from a contract.
         status: "implemented", or "reproduced" once a committed benchmark result stands beside the paper's.
     """
@@ -85,17 +86,29 @@ class Method:
         """The method's keyword-only settings."""
         return dict(inspect.signature(self.build).parameters)
 
-    def rows(self, bound: Mapping[str, Any], n_forget: int, n_retain: int) -> dict[str, int]:
-        """The declared cost in rows, for these settings."""
-        names = {"ceil": math.ceil, "min": min, "max": max, "n_forget": n_forget, "n_retain": n_retain, **bound}
+    def rows(
+        self, bound: Mapping[str, Any], n_forget: int, n_retain: int, task: str = "classification"
+    ) -> dict[str, int]:
+        """The declared cost in rows, for these settings on that task."""
+        sizes = {"n_forget": n_forget, "n_retain": n_retain, "relabel": getattr(tasks()[task], "relabel_rows", 0)}
+        names = {"ceil": math.ceil, "min": min, "max": max, **sizes, **bound}
         return {kind: int(eval(text, {"__builtins__": {}}, names)) for kind, text in self.cost.items()}
 
     def describe(self) -> dict[str, Any]:
         """JSON for ``expunge list``."""
-        return {"name": self.name, "summary": self.summary, "paper": self.paper, "tasks": list(self.tasks),
-                "needs": sorted(self.needs), "dose": self.dose, "promise": self.promise, "cost": dict(self.cost),
-                "departures": dict(self.departures), "status": self.status,
-                "settings": {n: _shown(p.default) for n, p in self.settings().items()}}
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "paper": self.paper,
+            "tasks": list(self.tasks),
+            "needs": sorted(self.needs),
+            "dose": self.dose,
+            "promise": self.promise,
+            "cost": dict(self.cost),
+            "departures": dict(self.departures),
+            "status": self.status,
+            "settings": {n: _shown(p.default) for n, p in self.settings().items()},
+        }
 
 
 def _shown(value: Any) -> Any:
@@ -107,9 +120,17 @@ _TASKS: dict[str, type] = {}
 _MEASURES: dict[str, type] = {}
 
 
-def method(*, paper: str, needs: Iterable[str], cost: Mapping[str, str], dose: str | None, tasks: Iterable[str] = ALL,
-           promise: str = "approximate", departures: Mapping[str, str] | None = None,
-           status: str = "implemented") -> Callable[[Callable[..., Stage]], Callable[..., Stage]]:
+def method(
+    *,
+    paper: str,
+    needs: Iterable[str],
+    cost: Mapping[str, str],
+    dose: str | None,
+    tasks: Iterable[str] = ALL,
+    promise: str = "approximate",
+    departures: Mapping[str, str] | None = None,
+    status: str = "implemented",
+) -> Callable[[Callable[..., Stage]], Callable[..., Stage]]:
     """Register a function of keyword-only settings that returns a Stage; its settings are checked at each call."""
 
     def register(build: Callable[..., Stage]) -> Callable[..., Stage]:
@@ -127,8 +148,18 @@ def method(*, paper: str, needs: Iterable[str], cost: Mapping[str, str], dose: s
             stage = build(**bound)
             return Bound(build.__name__, tuple(bound.items()), stage)
 
-        _METHODS[build.__name__] = Method(build.__name__, checked, paper, tuple(tasks), frozenset(needs), dose, promise,
-                                          dict(cost), dict(departures or {}), status)
+        _METHODS[build.__name__] = Method(
+            build.__name__,
+            checked,
+            paper,
+            tuple(tasks),
+            frozenset(needs),
+            dose,
+            promise,
+            dict(cost),
+            dict(departures or {}),
+            status,
+        )
         return checked
 
     return register
@@ -162,8 +193,10 @@ def check_needs(bound: Bound, request: Request, teachers: Mapping[str, Any], pro
             continue
         if kinds[0].startswith("teacher:"):
             cached = "".join(f", or cache the column {kind.removeprefix('column:')!r} first" for kind in kinds[1:])
-            raise Refused(f"method {bound.name} needs the original model as a teacher, and copy=False leaves none: use "
-                          f"copy=True, or run it in an adapter{cached}")
+            raise Refused(
+                f"method {bound.name} needs the original model as a teacher, and copy=False leaves none: use "
+                f"copy=True, or run it in an adapter{cached}"
+            )
         raise Refused(f"method {bound.name} needs {need} data and the request has none")
 
 
@@ -178,7 +211,9 @@ def check_setting(owner: str, name: str, value: Any, hint: Any) -> None:
     if typing.get_origin(base) is typing.Literal:
         if value not in typing.get_args(base):
             choices = [str(choice) for choice in typing.get_args(base)]
-            raise Refused(f"{owner}: {name} must be one of {', '.join(choices)}, found {value!r}{did_you_mean(str(value), choices)}")
+            raise Refused(
+                f"{owner}: {name} must be one of {', '.join(choices)}, found {value!r}{did_you_mean(str(value), choices)}"
+            )
         return
     if int in kinds or float in kinds:
         whole = int in kinds and float not in kinds
@@ -236,9 +271,16 @@ def parts(module: str) -> dict[str, type]:
     """The public frozen dataclasses that a module defines and that can be called or combine: objectives, combiners."""
     found = importlib.import_module(f"expunge.{module}")
     wanted = "combine" if module == "combine" else "__call__"
-    return {name: kind for name, kind in sorted(vars(found).items())
-            if inspect.isclass(kind) and kind.__module__ == found.__name__ and hasattr(kind, "__dataclass_fields__")
-            and hasattr(kind, wanted) and not name.startswith("_") and name != "Decay"}
+    return {
+        name: kind
+        for name, kind in sorted(vars(found).items())
+        if inspect.isclass(kind)
+        and kind.__module__ == found.__name__
+        and hasattr(kind, "__dataclass_fields__")
+        and hasattr(kind, wanted)
+        and not name.startswith("_")
+        and name != "Decay"
+    }
 
 
 def find(kind: str, name: str, among: Mapping[str, Any]) -> Any:
@@ -259,5 +301,6 @@ def need_extra(module: str, extra: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtra(f"{what} needs the package {module.split('.')[0]!r}, which is not installed: "
-                           f"pip install 'expunge[{extra}]'") from error
+        raise MissingExtra(
+            f"{what} needs the package {module.split('.')[0]!r}, which is not installed: pip install 'expunge[{extra}]'"
+        ) from error

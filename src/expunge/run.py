@@ -53,9 +53,19 @@ class Outcome:
         return self.record["notes"]
 
 
-def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Stage, seed: int = 0,
-            out: str | Path | None = None, copy: bool = True, scope: Scope | Sequence[str] | None = None,
-            every: float = 20.0, shard: Callable[[nn.Module], nn.Module] | None = None) -> Outcome:
+def unlearn(
+    model: nn.Module,
+    request: Request,
+    *,
+    task: Task,
+    method: str | Stage,
+    seed: int = 0,
+    out: str | Path | None = None,
+    copy: bool = True,
+    scope: Scope | Sequence[str] | None = None,
+    every: float = 20.0,
+    shard: Callable[[nn.Module], nn.Module] | None = None,
+) -> Outcome:
     """Make a trained model forget.
 
     The caller's model, data, flags and global random state are not touched (with ``copy=True``). The same call with
@@ -84,7 +94,9 @@ def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Sta
     name, stage = resolve(method)
     runtime.reshard(model)
     if copy and any(runtime.sharded(p) for p in model.parameters()):
-        raise Refused("a sharded model cannot be copied: give the whole model and shard=a function that shards it, or copy=False")
+        raise Refused(
+            "a sharded model cannot be copied: give the whole model and shard=a function that shards it, or copy=False"
+        )
     check_request(request, task)
     check_model(model, request, task)
     teachers = {"original": model} if copy else {}
@@ -102,8 +114,16 @@ def unlearn(model: nn.Module, request: Request, *, task: Task, method: str | Sta
         return _finished(folder, model, shard, stage)
     work = copying.deepcopy(model) if copy else model
     work = work if shard is None else runtime.reshard(shard(work))
-    case = Case(work, request, task, chosen, teachers, Key(seed), Meter(),
-                Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None)
+    case = Case(
+        work,
+        request,
+        task,
+        chosen,
+        teachers,
+        Key(seed),
+        Meter(),
+        Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None,
+    )
     case = _run(stage, case)
     _say_if_unchanged(case, model if copy else None)
     record = _record(name, stage, seed, task, request, identity, case)
@@ -120,7 +140,9 @@ def resolve(method: str | Stage) -> tuple[str, Stage]:
     if isinstance(method, str):
         return method, find("method", method, methods()).build()
     if not callable(method):
-        raise Refused(f"method is a {type(method).__name__}: expected a registered name or a stage (a function of a Case)")
+        raise Refused(
+            f"method is a {type(method).__name__}: expected a registered name or a stage (a function of a Case)"
+        )
     return getattr(method, "name", type(method).__name__), method
 
 
@@ -160,21 +182,29 @@ def check_model(model: nn.Module, request: Request, task: Task) -> None:
     """Refuse weights that are not finite, and a model that cannot be called on the data or returns another shape."""
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not runtime.finite([value]):
-            raise Refused(f"the model's weight {name!r} has entries that are not finite: load the weights of a trained model")
+            raise Refused(
+                f"the model's weight {name!r} has entries that are not finite: load the weights of a trained model"
+            )
     data = request.forget or request.retain
     if data is None:
         return
-    batch = task.prepare(runtime.to_device(data.batch(torch.arange(min(2, len(data)))), runtime.device_of(model)), Key(0))
+    batch = task.prepare(
+        runtime.to_device(data.batch(torch.arange(min(2, len(data)))), runtime.device_of(model)), Key(0)
+    )
     try:
         with torch.no_grad(), eval_mode(model):
             loss = task.nll(model, batch)
     except Refused:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise Refused(f"the model cannot be called on the data: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-                      f"check the input's shape, or say how to call it with call=lambda model, batch: ...") from error
+        raise Refused(
+            f"the model cannot be called on the data: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            f"check the input's shape, or say how to call it with call=lambda model, batch: ..."
+        ) from error
     if loss.shape != (len(batch["id"]),):
-        raise Refused(f"task {task.name} gives a loss of shape {tuple(loss.shape)} for {len(batch['id'])} examples: expected one each")
+        raise Refused(
+            f"task {task.name} gives a loss of shape {tuple(loss.shape)} for {len(batch['id'])} examples: expected one each"
+        )
 
 
 def _scope(model: nn.Module, scope: Scope | Sequence[str] | None) -> Scope:
@@ -198,15 +228,29 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _identity(name: str, stage: Stage, seed: int, model: nn.Module, request: Request, task: Task, scope: Scope) -> dict[str, Any]:
+def _identity(
+    name: str, stage: Stage, seed: int, model: nn.Module, request: Request, task: Task, scope: Scope
+) -> dict[str, Any]:
     """What makes two runs the same run."""
-    data = {part: fingerprint(value) for part in ("forget", "retain", "valid")
-            if (value := getattr(request, part)) is not None}
+    data = {
+        part: fingerprint(value)
+        for part in ("forget", "retain", "valid")
+        if (value := getattr(request, part)) is not None
+    }
     data.update({f"extra/{part}": fingerprint(value) for part, value in request.extra.items()})
     masked = {n: m for n, m in scope.masks.items() if isinstance(m, Tensor)}
-    return {"method": name, "settings": _settings(stage), "seed": seed, "task": repr(task), "data": data,
-            "concepts": list(request.concepts), "weights": hash_tensors(dict(model.state_dict())),
-            "scope": sorted(scope.masks), "masks": hash_tensors(masked) if masked else None, "revision": revision()}
+    return {
+        "method": name,
+        "settings": _settings(stage),
+        "seed": seed,
+        "task": repr(task),
+        "data": data,
+        "concepts": list(request.concepts),
+        "weights": hash_tensors(dict(model.state_dict())),
+        "scope": sorted(scope.masks),
+        "masks": hash_tensors(masked) if masked else None,
+        "revision": revision(),
+    }
 
 
 def _settings(stage: Stage) -> Any:
@@ -215,7 +259,7 @@ def _settings(stage: Stage) -> Any:
     return described(stage)
 
 
-class writing:  # noqa: N801 - a context manager, used as a verb
+class writing:
     """Turn a failed write into one sentence; what was written before stays whole."""
 
     def __init__(self, folder: Path):
@@ -227,8 +271,10 @@ class writing:  # noqa: N801 - a context manager, used as a verb
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
         if isinstance(error, OSError):
             what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
-            raise Refused(f"cannot write to {self.folder}: {what}; mend that and start the same run again, it goes on from "
-                          f"its last checkpoint") from error
+            raise Refused(
+                f"cannot write to {self.folder}: {what}; mend that and start the same run again, it goes on from "
+                f"its last checkpoint"
+            ) from error
 
 
 def check_folder(folder: Path, needed: int = 1 << 20) -> Path:
@@ -239,12 +285,16 @@ def check_folder(folder: Path, needed: int = 1 << 20) -> Path:
         raise Refused(f"cannot write to {folder}: permission denied; give another out folder")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise Refused(f"the disk of {folder} is full: {free >> 20} MiB are free, the run needs about {(needed >> 20) + 1} MiB; free "
-                      f"some, or give another out folder")
+        raise Refused(
+            f"the disk of {folder} is full: {free >> 20} MiB are free, the run needs about {(needed >> 20) + 1} MiB; free "
+            f"some, or give another out folder"
+        )
     if not (folder / "run.json").exists():
         strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if strangers:
-            raise Refused(f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder")
+            raise Refused(
+                f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder"
+            )
     return folder
 
 
@@ -263,7 +313,9 @@ def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
         raise Refused(f"{marker} cannot be read: delete the folder, or give another one") from error
     changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
     if changed:
-        raise Refused(f"{folder} holds another run: its {', '.join(changed)} differ from this call's; give another out folder")
+        raise Refused(
+            f"{folder} holds another run: its {', '.join(changed)} differ from this call's; give another out folder"
+        )
     return folder
 
 
@@ -272,7 +324,9 @@ def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Mo
     try:
         record = json.loads((folder / RECORD).read_text())
     except ValueError as error:
-        raise Refused(f"{folder / RECORD} cannot be read: delete it to run again, or give another out folder") from error
+        raise Refused(
+            f"{folder / RECORD} cannot be read: delete it to run again, or give another out folder"
+        ) from error
     return Outcome(work if shard is None else runtime.reshard(shard(work)), record)
 
 
@@ -311,18 +365,29 @@ def _rows(meter: Meter) -> dict[str, int]:
     return dict(zip(("forward", "backward", "checks"), map(int, total), strict=True))
 
 
-def _record(name: str, stage: Stage, seed: int, task: Task, request: Request, identity: dict[str, Any], case: Case) -> dict[str, Any]:
+def _record(
+    name: str, stage: Stage, seed: int, task: Task, request: Request, identity: dict[str, Any], case: Case
+) -> dict[str, Any]:
     meter = case.meter
     found = next(bounds(stage), None)
     sizes = {part: len(data) for part in ("forget", "retain", "valid") if (data := getattr(request, part)) is not None}
     return {
-        "expunge": __version__, **identity, "paper": found.spec.paper if found is not None else None,
-        "promise": found.spec.promise if found is not None else None, "examples": sizes,
+        "expunge": __version__,
+        **identity,
+        "paper": found.spec.paper if found is not None else None,
+        "promise": found.spec.promise if found is not None else None,
+        "examples": sizes,
         "result": hash_tensors(dict(case.model.state_dict())),
         "cost": {"seconds": meter.seconds, **_rows(meter), "peak_bytes": peak_bytes()},
-        "machine": {"python": platform.python_version(), "torch": torch.__version__, "processes": runtime.world(),
-                    "threads": torch.get_num_threads(), "device": str(runtime.device_of(case.model))},
-        "notes": list(meter.notes), "history": list(meter.history),
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "processes": runtime.world(),
+            "threads": torch.get_num_threads(),
+            "device": str(runtime.device_of(case.model)),
+        },
+        "notes": list(meter.notes),
+        "history": list(meter.history),
     }
 
 
@@ -331,7 +396,10 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
     With several processes each must call it; the first one writes.
     """
-    tensors = {name: runtime.whole(t.detach()).cpu().contiguous() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {
+        name: runtime.whole(t.detach()).cpu().contiguous()
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
     runtime.on_first(lambda: write_bytes(Path(path), save(tensors, metadata={"format": "pt"})))
 
 
@@ -355,12 +423,19 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     missing = [name for name in wanted if name not in tensors]
     unknown = [name for name in tensors if name not in wanted and name not in aliases]
     if missing or unknown:
-        raise Refused(f"{path} does not fit the model: " + "; ".join(
-            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for what, names in (("missing", missing), ("unknown", unknown)) if names))
+        raise Refused(
+            f"{path} does not fit the model: "
+            + "; ".join(
+                f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                for what, names in (("missing", missing), ("unknown", unknown))
+                if names
+            )
+        )
     for name, target in wanted.items():
         if tensors[name].shape != target.shape:
-            raise Refused(f"{path} does not fit the model: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}")
+            raise Refused(
+                f"{path} does not fit the model: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
+            )
     with torch.no_grad():
         for name, target in wanted.items():
             target.copy_(runtime.shard_like(tensors[name], target))
@@ -377,8 +452,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings(action="ignore"):  # of a file that is about to be refused, or is safe
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for pickles that hold more than tensors
-        raise Refused(f"{path} is not a plain file of tensors: loading a pickle could run code, so it is refused; save the "
-                      f"state dict as safetensors") from error
+        raise Refused(
+            f"{path} is not a plain file of tensors: loading a pickle could run code, so it is refused; save the "
+            f"state dict as safetensors"
+        ) from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise Refused(f"{path} holds no state dict: expected a mapping of names to tensors")

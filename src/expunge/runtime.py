@@ -149,8 +149,10 @@ def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
             grads[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
     if not grads:
-        raise RunFailed(f"no gradient reached any of the {len(parameters)} parameters in scope: expected a loss that "
-                        f"depends on them; widen the scope, or check that the model does not detach its output")
+        raise RunFailed(
+            f"no gradient reached any of the {len(parameters)} parameters in scope: expected a loss that "
+            f"depends on them; widen the scope, or check that the model does not detach its output"
+        )
     if world() > 1:
         for name, grad in grads.items():
             if sharded(grad):
@@ -216,7 +218,7 @@ def pieces(rows: int, parts: int) -> list[tuple[Tensor, Tensor]]:
     mine = torch.arange(rank(), rows, world())
     cut = []
     for start in range(0, per_process, size):
-        index = mine[start:start + size]
+        index = mine[start : start + size]
         weight = torch.ones(len(index))
         if len(index) == 0:
             index, weight = torch.zeros(1, dtype=torch.int64), torch.zeros(1)

@@ -65,8 +65,12 @@ def summed_gradient(case: Case, data: Data, objective: Objective, size: int, key
 def top(case: Case, scores: Grads, keep: float) -> Scope:
     """The share `keep` of the coordinates in scope with the largest scores (>= 0); those that score 0 are left out."""
     masks = {name: case.scope.mask(name, score) for name, score in scores.items()}
-    ranked = {name: runtime.whole(score).flatten() if (mask := masks[name]) is None
-              else runtime.whole(score)[runtime.whole(mask)] for name, score in scores.items()}
+    ranked = {
+        name: runtime.whole(score).flatten()
+        if (mask := masks[name]) is None
+        else runtime.whole(score)[runtime.whole(mask)]
+        for name, score in scores.items()
+    }
     level = runtime.threshold(ranked, keep)
     return Scope({name: (score >= level) & (score > 0) for name, score in scores.items()}, case.scope.universe)
 

@@ -22,8 +22,11 @@ Mask = bool | Tensor
 def aliases(model: nn.Module) -> dict[str, str]:
     """Every name of every trainable floating parameter -> its canonical name (tied weights have several names)."""
     canonical = {id(p): name for name, p in model.named_parameters()}
-    return {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)
-            if p.requires_grad and p.is_floating_point()}
+    return {
+        name: canonical[id(p)]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p.requires_grad and p.is_floating_point()
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +60,14 @@ class Scope:
             hits = [canonical for alias, canonical in names.items() if fnmatch.fnmatchcase(alias, pattern)]
             if not hits:
                 near = difflib.get_close_matches(pattern, names, 1)
-                raise Refused(f"scope pattern {pattern!r} matches no trainable parameter"
-                              + (f"; did you mean {near[0]!r}?" if near else f"; names look like {next(iter(names), 'nothing')!r}"))
+                raise Refused(
+                    f"scope pattern {pattern!r} matches no trainable parameter"
+                    + (
+                        f"; did you mean {near[0]!r}?"
+                        if near
+                        else f"; names look like {next(iter(names), 'nothing')!r}"
+                    )
+                )
             found.update(dict.fromkeys(hits, True))
         return Scope(found, tuple(dict.fromkeys(names.values())))
 
@@ -178,7 +187,9 @@ def edit(case: Case, values: Mapping[str, Tensor]) -> Case:
         if name not in parameters:
             raise Refused(f"cannot edit {name!r}: the model has no such parameter")
         if value.shape != parameters[name].shape:
-            raise Refused(f"cannot edit {name!r}: expected shape {tuple(parameters[name].shape)}, found {tuple(value.shape)}")
+            raise Refused(
+                f"cannot edit {name!r}: expected shape {tuple(parameters[name].shape)}, found {tuple(value.shape)}"
+            )
         if not runtime.finite([value]):
             raise Refused(f"cannot edit {name!r}: the new value has entries that are not finite")
     with torch.no_grad():

@@ -18,8 +18,10 @@ def small(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, ex.Request]:
     x = torch.randn(100, 5, generator=generator) + 1.5 * torch.eye(5)[y]
     x[:, -1] = 0.0
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
-    return (fitted(model, x, y, 150, 3e-2, generator).to(dtype),
-            ex.split((x.to(dtype), y), forget=torch.nonzero(y == 0).flatten()[:20]))
+    return (
+        fitted(model, x, y, 150, 3e-2, generator).to(dtype),
+        ex.split((x.to(dtype), y), forget=torch.nonzero(y == 0).flatten()[:20]),
+    )
 
 
 @functools.cache
@@ -34,8 +36,9 @@ def digits(label: int) -> tuple[nn.Module, ex.Request]:
     return model, ex.split((x, y), forget=f"label == {label}")
 
 
-def fitted(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float,
-           generator: torch.Generator) -> nn.Module:
+def fitted(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float, generator: torch.Generator
+) -> nn.Module:
     """The model trained with Adam on batches of 64, from weights drawn from `generator`."""
     with torch.no_grad():
         for p in model.parameters():

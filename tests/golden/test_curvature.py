@@ -21,8 +21,10 @@ ROWS = 23
 
 def inputs() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
-    return (torch.randn(ROWS, 3, generator=generator, dtype=torch.float64),
-            torch.randint(0, 3, (ROWS,), generator=generator))
+    return (
+        torch.randn(ROWS, 3, generator=generator, dtype=torch.float64),
+        torch.randint(0, 3, (ROWS,), generator=generator),
+    )
 
 
 def setting(scope: Scope | None = None) -> tuple[Case, Data]:
@@ -54,8 +56,10 @@ def flat(grads: dict[str, Tensor], case: Case) -> Tensor:
 
 def random_vector(case: Case) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            for name, p in case.model.named_parameters()}
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in case.model.named_parameters()
+    }
 
 
 def test_fisher_is_the_mean_of_squared_single_example_gradients() -> None:

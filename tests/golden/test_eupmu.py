@@ -89,8 +89,9 @@ def test_tolerance_sign_against_the_dual_optimum() -> None:
     assert closed_form(-0.5) > closed_form(0.0) > closed_form(0.5) > 0.0
     for form in ("paper", "log", "raw", "fast"):
         make, settings = (FastImplicitSurgery, {}) if form == "fast" else (ImplicitSurgery, {"form": form})
-        demanded, allowed = (Walk(make(tolerance=tolerance, dual_lr=0.1, start=1.0, **settings), lr=1e-3)
-                             for tolerance in (-0.5, 0.5))
+        demanded, allowed = (
+            Walk(make(tolerance=tolerance, dual_lr=0.1, start=1.0, **settings), lr=1e-3) for tolerance in (-0.5, 0.5)
+        )
         for _ in range(5):
             demanded.go()
             allowed.go()
@@ -108,8 +109,12 @@ def test_large_tolerance_is_the_pure_forget_step() -> None:
 
 
 def test_multiplier_is_clamped_where_stored() -> None:
-    for combine in (ImplicitSurgery("paper", 5.0), ImplicitSurgery("log", 5.0), ImplicitSurgery("raw", 5.0),
-                    FastImplicitSurgery(5.0)):
+    for combine in (
+        ImplicitSurgery("paper", 5.0),
+        ImplicitSurgery("log", 5.0),
+        ImplicitSurgery("raw", 5.0),
+        FastImplicitSurgery(5.0),
+    ):
         walk = Walk(combine, lr=1e-3)
         for _ in range(20):
             walk.go()
@@ -192,8 +197,16 @@ def test_rows_are_those_declared(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["implicit", "fast", "paper"])
 def test_zero_steps_are_the_identity_and_only_the_scope_moves(variant: str) -> None:
     model, request = small()
-    none, some = (ex.unlearn(model, request, task=ex.Classification(3), scope=["2.bias"],
-                             method=methods.eupmu(variant=variant, steps=steps)).model for steps in (0, 3))
+    none, some = (
+        ex.unlearn(
+            model,
+            request,
+            task=ex.Classification(3),
+            scope=["2.bias"],
+            method=methods.eupmu(variant=variant, steps=steps),
+        ).model
+        for steps in (0, 3)
+    )
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in none.named_parameters())
     assert [n for n, p in some.named_parameters() if not torch.equal(p, model.get_parameter(n))] == ["2.bias"]
 

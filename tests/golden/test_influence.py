@@ -72,8 +72,12 @@ def test_damping_shortens_the_step_as_a_ridge_would() -> None:
 
 def test_the_released_recursion_steps_along_v_and_the_first_gradient() -> None:
     model, request, _ = quadratic()
-    outcome = ex.unlearn(model, request, task=tasks()["regression"](),
-                         method=methods.influence(scale=1.0, recursion="released", rise=1.0))
+    outcome = ex.unlearn(
+        model,
+        request,
+        task=tasks()["regression"](),
+        method=methods.influence(scale=1.0, recursion="released", rise=1.0),
+    )
     batch = next(iter(request.retain.batches(40)))
     grads = batch["x"] * (batch["x"] @ weight(model).T - batch["y"])
     step, v = (weight(outcome.model) - weight(model))[0], -grads.mean(0)

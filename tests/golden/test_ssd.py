@@ -106,8 +106,10 @@ def test_only_the_scope_moves() -> None:
 
 def test_the_guard_lowers_the_exponent_and_says_so() -> None:
     model, request = small()
-    free, held = (ex.unlearn(model, request, task=TASK, method=methods.ssd(rise=rise, threshold=0.5, strength=0.05))
-                  for rise in (1.0, 0.02))
+    free, held = (
+        ex.unlearn(model, request, task=TASK, method=methods.ssd(rise=rise, threshold=0.5, strength=0.05))
+        for rise in (1.0, 0.02)
+    )
     assert any("exponent was lowered from 1" in note for note in held.notes)
     x, y = (torch.stack(part) for part in zip(*pairs(request.retain), strict=True))
     before, wild, kept = (float(F.cross_entropy(m(x), y).detach()) for m in (model, free.model, held.model))

@@ -106,8 +106,15 @@ def test_clip_is_after_combination() -> None:
 
 def test_first_order_promise_holds_on_the_batch_it_was_made_on() -> None:
     model, request = small()  # at the optimum of all data, the gradients of its parts are opposed
-    stage = ex.Descend(forget=NLL(), retain=NLL(), combine=Clip(OneSidedProjection(0.0), 1.0),
-                       optimizer=SGD(1e-4, 0.0), steps=30, batch=80, watch=1)
+    stage = ex.Descend(
+        forget=NLL(),
+        retain=NLL(),
+        combine=Clip(OneSidedProjection(0.0), 1.0),
+        optimizer=SGD(1e-4, 0.0),
+        steps=30,
+        batch=80,
+        watch=1,
+    )
     rows = ex.unlearn(model, request, task=TASK, method=stage).record["history"]
     active = [row for row in rows if row["multiplier"] > 0]
     assert active, "no step was in conflict: the test would show nothing"

@@ -214,14 +214,17 @@ def test_hvp_equals_finite_differences(accumulate: int) -> None:
     of = case()
     generator = torch.Generator().manual_seed(0)
     shapes = {n: p.shape for n, p in of.model.named_parameters()}
-    first, other = ({n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
-                    for _ in range(2))
+    first, other = (
+        {n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+        for _ in range(2)
+    )
     with differentiable(of):
         found = oracle(of, accumulate).hvp({"forget": first, "retain": other})
         total = torch.zeros(())
         for role, vector in (("forget", first), ("retain", other)):
-            ahead, behind = (flat(oracle(of).at({n: h * v for n, v in vector.items()}).grad({role: 1.0}))
-                             for h in (1e-5, -1e-5))
+            ahead, behind = (
+                flat(oracle(of).at({n: h * v for n, v in vector.items()}).grad({role: 1.0})) for h in (1e-5, -1e-5)
+            )
             total = total + (ahead - behind) / 2e-5
     assert float((flat(found) - total).norm()) <= 1e-8 * float(total.norm())
 

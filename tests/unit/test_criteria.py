@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from expunge.gramian import RULES, one_sided
 from expunge.criteria import Surgery, surgery
+from expunge.gramian import RULES, one_sided
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,8 @@ def test_readme_example_forgets_and_reports() -> None:
     report = names["report"]
     after = report.row("unlearned").readings["forget_accuracy"].value  # type: ignore[attr-defined]
     before = report.row("original").readings["forget_accuracy"].value  # type: ignore[attr-defined]
-    assert before > 90 and after < 10
+    assert before > 90
+    assert after < 10
     assert len(report.row("retrain").readings) > 4  # type: ignore[attr-defined]
 
 

@@ -22,8 +22,10 @@ class Tensors:
         self.columns = columns
         lengths = {name: len(t) for name, t in _leaves(columns)}
         if len(set(lengths.values())) != 1:
-            raise Refused(f"columns differ in length: {', '.join(f'{n} has {k}' for n, k in lengths.items())}; give one "
-                          f"row per example in each")
+            raise Refused(
+                f"columns differ in length: {', '.join(f'{n} has {k}' for n, k in lengths.items())}; give one "
+                f"row per example in each"
+            )
         self._length = next(iter(lengths.values()))
 
     def __len__(self) -> int:
@@ -60,8 +62,10 @@ def named(batch: Any, names: Sequence[str]) -> Batch:
         return {str(name): value for name, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         if len(batch) != len(names):
-            raise Refused(f"examples have {len(batch)} parts, expected {len(names)} ({', '.join(names)}): name them with "
-                          f"names=(...), or yield mappings")
+            raise Refused(
+                f"examples have {len(batch)} parts, expected {len(names)} ({', '.join(names)}): name them with "
+                f"names=(...), or yield mappings"
+            )
         return dict(zip(names, batch, strict=True))
     return {names[0]: batch}
 
@@ -130,14 +134,18 @@ def _source(value: Any, names: Sequence[str]) -> Any:
     _no_stream(value)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
         return MapStyle(value, names)
-    raise Refused(f"cannot read examples from a {type(value).__name__}: expected tensors, arrays, a mapping of them, a "
-                  f"map-style dataset or a DataLoader")
+    raise Refused(
+        f"cannot read examples from a {type(value).__name__}: expected tensors, arrays, a mapping of them, a "
+        f"map-style dataset or a DataLoader"
+    )
 
 
 def _no_stream(value: Any) -> Any:
     if isinstance(value, IterableDataset):
-        raise Refused("an iterable dataset has no stable order or ids: expected a map-style dataset, whose examples can be "
-                      "named; materialise it first")
+        raise Refused(
+            "an iterable dataset has no stable order or ids: expected a map-style dataset, whose examples can be "
+            "named; materialise it first"
+        )
     return value
 
 
@@ -148,8 +156,13 @@ def collect(data: Data, size: int = 1024) -> Batch:
 
 
 def _concatenate(parts: list[Batch]) -> Batch:
-    return {name: _concatenate([p[name] for p in parts]) if isinstance(parts[0][name], Mapping)
-            else torch.cat([p[name] for p in parts]) for name in parts[0] if first_tensor(parts[0][name]) is not None}
+    return {
+        name: _concatenate([p[name] for p in parts])
+        if isinstance(parts[0][name], Mapping)
+        else torch.cat([p[name] for p in parts])
+        for name in parts[0]
+        if first_tensor(parts[0][name]) is not None
+    }
 
 
 def fingerprint(data: Data) -> str:

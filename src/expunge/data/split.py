@@ -16,8 +16,15 @@ from expunge.data.sources import as_data
 _CONDITION = re.compile(r"^\s*(\w+)\s*(==|!=|<=|>=|<|>|in)\s*(.+?)\s*$")
 
 
-def split(train: Any, forget: Any, *, retain: Any = None, valid: Any = None, names: Sequence[str] = ("x", "y"),
-          ids: Sequence[int] | Tensor | None = None) -> Request:
+def split(
+    train: Any,
+    forget: Any,
+    *,
+    retain: Any = None,
+    valid: Any = None,
+    names: Sequence[str] = ("x", "y"),
+    ids: Sequence[int] | Tensor | None = None,
+) -> Request:
     """A Request: the chosen examples to forget, the rest to keep.
 
     Args:
@@ -40,8 +47,11 @@ def split(train: Any, forget: Any, *, retain: Any = None, valid: Any = None, nam
         raise Refused(f"the retain set is empty: {forget!r} selects all {len(data)} examples; nothing would be kept")
     everything = torch.arange(len(data))
     kept = data.select(everything[~chosen]) if retain is None else _others(data, retain, names)
-    request = Request(forget=data.select(everything[chosen]), retain=kept,
-                      valid=None if valid is None else as_data(valid, names=names))
+    request = Request(
+        forget=data.select(everything[chosen]),
+        retain=kept,
+        valid=None if valid is None else as_data(valid, names=names),
+    )
     disjoint(request)
     return request
 
@@ -57,12 +67,16 @@ def disjoint(request: Request) -> None:
     if request.forget.source is request.retain.source:
         shared = request.forget.ids[torch.isin(request.forget.ids, request.retain.ids)]
         if len(shared):
-            raise Refused(f"retain overlaps forget: {len(shared)} ids are in both, the first is {int(shared[0])}; remove them "
-                          f"from one of the two")
+            raise Refused(
+                f"retain overlaps forget: {len(shared)} ids are in both, the first is {int(shared[0])}; remove them "
+                f"from one of the two"
+            )
 
 
 def _others(data: Data, retain: Any, names: Sequence[str]) -> Data:
-    if isinstance(retain, (list, tuple, Tensor, np.ndarray, range)) and all(isinstance(i, int | np.integer) for i in np.ravel(np.asarray(retain))):
+    if isinstance(retain, (list, tuple, Tensor, np.ndarray, range)) and all(
+        isinstance(i, int | np.integer) for i in np.ravel(np.asarray(retain))
+    ):
         return data.select(torch.nonzero(_by_ids(data, retain, "retain")).flatten())
     return as_data(retain, names=names)
 
@@ -89,8 +103,10 @@ def _by_ids(data: Data, ids: Any, name: str) -> Tensor:
     missing = numbers[~torch.isin(numbers, data.ids)]
     if len(missing):
         low, high = int(data.ids.min()), int(data.ids.max())
-        raise Refused(f"{name} id {int(missing[0])} does not exist: ids of the training set go from {low} to {high} "
-                      f"({len(missing)} of {len(numbers)} ids are unknown)")
+        raise Refused(
+            f"{name} id {int(missing[0])} does not exist: ids of the training set go from {low} to {high} "
+            f"({len(missing)} of {len(numbers)} ids are unknown)"
+        )
     return torch.isin(data.ids, numbers)
 
 
@@ -101,7 +117,9 @@ def _by_predicate(data: Data, predicate: Callable[[Batch], Any]) -> Tensor:
 def _by_condition(data: Data, condition: str) -> Tensor:
     match = _CONDITION.match(condition)
     if match is None:
-        raise Refused(f"cannot read the condition {condition!r}: expected 'COLUMN == VALUE' (or !=, <, <=, >, >=, in [..])")
+        raise Refused(
+            f"cannot read the condition {condition!r}: expected 'COLUMN == VALUE' (or !=, <, <=, >, >=, in [..])"
+        )
     column, operator, text = match.groups()
     values = torch.cat([_column(batch, column) for batch in data.batches(1024)])
     try:

@@ -16,17 +16,28 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 TWICE = "min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain)"
 
 
-@method(paper="arXiv:2205.08096", needs={"forget", "retain", "teacher:original"}, dose="steps",
-        cost={"forward": f"steps * 2 * ({TWICE})", "backward": f"steps * ({TWICE})"},
-        departures={
-            "reduction": "KL is summed over classes and averaged over examples; authors' code also divides by the "
-                         "number of classes, so their learning rate is that many times smaller",
-            "batches": "one forget and one retain batch of their own in every step, each with its own mean; the "
-                       "paper shuffles the forget set with 30 % of the retain set",
-            "temperature": "the loss is times the temperature squared (the same at the paper's temperature of 1)",
-        })
-def bad_teacher(*, temperature: Positive = 1.0, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3,
-                steps: Count = 75, batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2205.08096",
+    needs={"forget", "retain", "teacher:original"},
+    dose="steps",
+    cost={"forward": f"steps * 2 * ({TWICE})", "backward": f"steps * ({TWICE})"},
+    departures={
+        "reduction": "KL is summed over classes and averaged over examples; authors' code also divides by the "
+        "number of classes, so their learning rate is that many times smaller",
+        "batches": "one forget and one retain batch of their own in every step, each with its own mean; the "
+        "paper shuffles the forget set with 30 % of the retain set",
+        "temperature": "the loss is times the temperature squared (the same at the paper's temperature of 1)",
+    },
+)
+def bad_teacher(
+    *,
+    temperature: Positive = 1.0,
+    retain_weight: NonNegative = 1.0,
+    lr: Positive = 1e-3,
+    steps: Count = 75,
+    batch: AtLeastOne = 32,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
     """Pull the model towards an untrained network on the forget data and towards the original on the retain data.
 
     No labels are read. An untrained network answers alike on everything, which is not what a retrained model answers
@@ -50,9 +61,16 @@ def bad_teacher(*, temperature: Positive = 1.0, retain_weight: NonNegative = 1.0
     The published setting (CIFAR-100, ResNet-18): temperature 1, Adam, lr 1e-4, batch 256, 1 epoch, 30 % of the retain
     set, live statistics.
     """
-    descend = Descend(forget=Distill("untrained", temperature), retain=Distill("original", temperature),
-                      combine=Weighted({"retain": retain_weight}), optimizer=Adam(lr), steps=steps, batch=batch,
-                      norm_stats=norm_stats, guard=Guard())
+    descend = Descend(
+        forget=Distill("untrained", temperature),
+        retain=Distill("original", temperature),
+        combine=Weighted({"retain": retain_weight}),
+        optimizer=Adam(lr),
+        steps=steps,
+        batch=batch,
+        norm_stats=norm_stats,
+        guard=Guard(),
+    )
 
     def between_two_teachers(case: Case) -> Case:
         key, rng = case.rng.take()

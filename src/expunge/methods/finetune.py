@@ -9,10 +9,20 @@ from expunge.optim import SGD
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 
 
-@method(paper="arXiv:1911.04933", needs={"retain"}, dose="steps",
-        cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"})
-def finetune(*, lr: Positive = 0.01, momentum: NonNegative = 0.9, weight_decay: NonNegative = 5e-4, steps: Count = 100,
-             batch: AtLeastOne = 64) -> Stage:
+@method(
+    paper="arXiv:1911.04933",
+    needs={"retain"},
+    dose="steps",
+    cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
+)
+def finetune(
+    *,
+    lr: Positive = 0.01,
+    momentum: NonNegative = 0.9,
+    weight_decay: NonNegative = 5e-4,
+    steps: Count = 100,
+    batch: AtLeastOne = 64,
+) -> Stage:
     """Minimise the loss on the retain data, from the trained weights.
 
     Catastrophic forgetting does the work; it does not promise that anything is forgotten, and on memorised examples

@@ -12,22 +12,35 @@ from expunge.optim import Adam
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 
 
-@method(paper="arXiv:2203.12817", needs={"forget", "retain"}, dose="steps",
-        cost={side: "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
-              for side in ("forward", "backward")},
-        departures={
-            "batches": "one forget and one retain batch of their own per step, each with its own mean; authors' "
-                       "loops run over the retain set and cycle the forget set, which sees each forget example "
-                       "n_retain / n_forget times",
-            "weights": "the forget weight is 0.05 by default, not 1: with equal weights a memorised forget set takes "
-                       "the retain set down with it",
-            "optimizer": "Adam without weight decay; the published image runs use SGD with momentum",
-            "stopping": "gives back the last state whose loss on retain data had risen by at most a twentieth of the "
-                        "way to chance; authors stop after a fixed number of epochs",
-            "norm_stats": "frozen by default; the published image runs train with live batch statistics",
-        })
-def grad_diff(*, forget_weight: NonNegative = 0.05, retain_weight: NonNegative = 1.0, lr: Positive = 1e-3,
-              steps: Count = 30, batch: AtLeastOne = 64, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2203.12817",
+    needs={"forget", "retain"},
+    dose="steps",
+    cost={
+        side: "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
+        for side in ("forward", "backward")
+    },
+    departures={
+        "batches": "one forget and one retain batch of their own per step, each with its own mean; authors' "
+        "loops run over the retain set and cycle the forget set, which sees each forget example "
+        "n_retain / n_forget times",
+        "weights": "the forget weight is 0.05 by default, not 1: with equal weights a memorised forget set takes "
+        "the retain set down with it",
+        "optimizer": "Adam without weight decay; the published image runs use SGD with momentum",
+        "stopping": "gives back the last state whose loss on retain data had risen by at most a twentieth of the "
+        "way to chance; authors stop after a fixed number of epochs",
+        "norm_stats": "frozen by default; the published image runs train with live batch statistics",
+    },
+)
+def grad_diff(
+    *,
+    forget_weight: NonNegative = 0.05,
+    retain_weight: NonNegative = 1.0,
+    lr: Positive = 1e-3,
+    steps: Count = 30,
+    batch: AtLeastOne = 64,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
     """Maximise the loss on the forget data while minimising it on the retain data.
 
     Still unbounded: once the forget examples are gone their gradient stays near its largest while that of the retain
@@ -47,6 +60,13 @@ def grad_diff(*, forget_weight: NonNegative = 0.05, retain_weight: NonNegative =
     Published settings: language models, weights 1 and 1, AdamW, lr 1e-5, 32 examples per step, 10 epochs (TOFU);
     images, weights 1 and 1, SGD, lr 1e-3, 2 epochs (MUFAC).
     """
-    return Descend(forget=Ascent(), retain=NLL(), combine=Weighted({"forget": forget_weight, "retain": retain_weight}),
-                   optimizer=Adam(lr), steps=steps, batch=batch, norm_stats=norm_stats,
-                   guard=Guard(rise=0.05, checks=15, patience=15))  # an unbounded descent is seldom best at its end
+    return Descend(
+        forget=Ascent(),
+        retain=NLL(),
+        combine=Weighted({"forget": forget_weight, "retain": retain_weight}),
+        optimizer=Adam(lr),
+        steps=steps,
+        batch=batch,
+        norm_stats=norm_stats,
+        guard=Guard(rise=0.05, checks=15, patience=15),
+    )  # an unbounded descent is seldom best at its end

@@ -11,18 +11,23 @@ from expunge.optim import Adam
 from expunge.registry import AtLeastOne, Count, Positive, method
 
 
-@method(paper="arXiv:2109.13398", needs={"forget"}, dose="steps",
-        cost={"forward": "steps * min(batch, n_forget)", "backward": "steps * min(batch, n_forget)"},
-        departures={
-            "optimizer": "Adam without weight decay; the published runs use SGD with momentum and weight decay, "
-                         "whose step on memorised examples (gradient near 0) is next to nothing and then too much",
-            "stopping": "gives back the last state whose loss on retain or validation data had risen by at most a "
-                        "twentieth of the way to chance, where there are any such data; the papers stop after a "
-                        "fixed number of epochs",
-            "norm_stats": "frozen by default; the published image runs train with live batch statistics",
-        })
-def gradient_ascent(*, lr: Positive = 5e-4, steps: Count = 36, batch: AtLeastOne = 64,
-                    norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2109.13398",
+    needs={"forget"},
+    dose="steps",
+    cost={"forward": "steps * min(batch, n_forget)", "backward": "steps * min(batch, n_forget)"},
+    departures={
+        "optimizer": "Adam without weight decay; the published runs use SGD with momentum and weight decay, "
+        "whose step on memorised examples (gradient near 0) is next to nothing and then too much",
+        "stopping": "gives back the last state whose loss on retain or validation data had risen by at most a "
+        "twentieth of the way to chance, where there are any such data; the papers stop after a "
+        "fixed number of epochs",
+        "norm_stats": "frozen by default; the published image runs train with live batch statistics",
+    },
+)
+def gradient_ascent(
+    *, lr: Positive = 5e-4, steps: Count = 36, batch: AtLeastOne = 64, norm_stats: Literal["frozen", "live"] = "frozen"
+) -> Stage:
     """Maximise the loss on the forget data.
 
     Unbounded: it never settles, so the number of steps is what stops it, and utility collapses soon after the forget

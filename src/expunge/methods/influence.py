@@ -18,15 +18,27 @@ from expunge.registry import AtLeastOne, NonNegative, Positive, Share, method
 _ROWS = "n_forget + n_retain + min(samples + (recursion == 'released'), n_retain)"
 
 
-@method(paper="arXiv:2304.04934", needs={"forget", "retain"}, dose="scale", cost={"forward": _ROWS, "backward": _ROWS},
-        departures={
-            "recursion": "the exact inverse by default; the released one hangs on the first example that is drawn",
-            "scale": "2 by default, where the Newton step is 1; the released code's is 0.2, others search up to 100",
-            "guard": "the scale is lowered until the retain loss keeps its bound; the authors retune it per model",
-            "samples": "with fewer retain examples than asked for, the recursion's n is what there is",
-        })
-def influence(*, scale: NonNegative = 2.0, recursion: Literal["released", "exact"] = "exact",
-              samples: AtLeastOne = 1000, damping: Positive = 0.1, rise: Share = 0.05, chunk: AtLeastOne = 64) -> Stage:
+@method(
+    paper="arXiv:2304.04934",
+    needs={"forget", "retain"},
+    dose="scale",
+    cost={"forward": _ROWS, "backward": _ROWS},
+    departures={
+        "recursion": "the exact inverse by default; the released one hangs on the first example that is drawn",
+        "scale": "2 by default, where the Newton step is 1; the released code's is 0.2, others search up to 100",
+        "guard": "the scale is lowered until the retain loss keeps its bound; the authors retune it per model",
+        "samples": "with fewer retain examples than asked for, the recursion's n is what there is",
+    },
+)
+def influence(
+    *,
+    scale: NonNegative = 2.0,
+    recursion: Literal["released", "exact"] = "exact",
+    samples: AtLeastOne = 1000,
+    damping: Positive = 0.1,
+    rise: Share = 0.05,
+    chunk: AtLeastOne = 64,
+) -> Stage:
     """Add ``scale * H^-1 v`` to the weights, where v = (N_f / N) (g_f - g_r) and H is an empirical Fisher matrix.
 
     g_f and g_r are the mean gradients of the NLL on the forget and the retain data, N_f and N their numbers: at an

@@ -12,16 +12,26 @@ from expunge.optim import Adam
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 
 
-@method(paper="arXiv:2304.04934", needs={"retain"}, dose="steps",
-        cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
-        departures={
-            "decay": "the l1 weight falls at every step; authors' code lowers it once per epoch",
-            "optimizer": "Adam without weight decay, which shrinks a weight that the retain loss does not hold at a "
-                         "rate of its own size; the paper uses SGD with momentum and weight decay",
-            "norm_stats": "frozen by default; the published runs train with live batch statistics",
-        })
-def l1_sparse(*, alpha: NonNegative = 3e-3, lr: Positive = 3e-3, steps: Count = 75, batch: AtLeastOne = 64,
-              norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2304.04934",
+    needs={"retain"},
+    dose="steps",
+    cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
+    departures={
+        "decay": "the l1 weight falls at every step; authors' code lowers it once per epoch",
+        "optimizer": "Adam without weight decay, which shrinks a weight that the retain loss does not hold at a "
+        "rate of its own size; the paper uses SGD with momentum and weight decay",
+        "norm_stats": "frozen by default; the published runs train with live batch statistics",
+    },
+)
+def l1_sparse(
+    *,
+    alpha: NonNegative = 3e-3,
+    lr: Positive = 3e-3,
+    steps: Count = 75,
+    batch: AtLeastOne = 64,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
     """Minimise the loss on the retain data plus an l1 norm of all weights whose weight falls linearly to 0.
 
     Small weights, among them those that only the forget data needed, shrink away, and no weight is cut to exact zero.
@@ -42,5 +52,13 @@ def l1_sparse(*, alpha: NonNegative = 3e-3, lr: Positive = 3e-3, steps: Count = 
     combine=Weighted({"sparsity": Decay(1e-4)}), batch=256, epochs=10, norm_stats="live")``.
     """
     weights = {"sparsity": Decay(alpha)}
-    return Descend(retain=NLL(), others={"sparsity": L1()}, combine=Weighted(weights), steps=steps, batch=batch,
-                   optimizer=Adam(lr), norm_stats=norm_stats, guard=Guard())
+    return Descend(
+        retain=NLL(),
+        others={"sparsity": L1()},
+        combine=Weighted(weights),
+        steps=steps,
+        batch=batch,
+        optimizer=Adam(lr),
+        norm_stats=norm_stats,
+        guard=Guard(),
+    )

@@ -14,19 +14,32 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
 
 
-@method(paper="arXiv:2404.05868", needs={"forget", "retain", "teacher:original|column:reference"}, dose="steps",
-        cost={"forward": f"steps * (2 * min(batch, n_forget) + {RETAIN})",
-              "backward": f"steps * (min(batch, n_forget) + {RETAIN})"},
-        departures={
-            "optimizer": "Adam at a constant rate without weight decay; the paper uses AdamW with weight decay 0.01, "
-                         "one epoch of warm-up and a linear decay",
-            "weights": "beta 1 and retain weight 5 by default, for one label per example; the paper has 0.1 and 1 "
-                       "for answers of many tokens",
-            "stopping": "stopped when the loss on retain data leaves its bound",
-            "norm_stats": "frozen by default; the published runs train with dropout where the model has it",
-        })
-def npo(*, beta: Positive = 1.0, retain_weight: NonNegative = 5.0, lr: Positive = 5e-4, steps: Count = 75,
-        batch: AtLeastOne = 32, norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2404.05868",
+    needs={"forget", "retain", "teacher:original|column:reference"},
+    dose="steps",
+    cost={
+        "forward": f"steps * (2 * min(batch, n_forget) + {RETAIN})",
+        "backward": f"steps * (min(batch, n_forget) + {RETAIN})",
+    },
+    departures={
+        "optimizer": "Adam at a constant rate without weight decay; the paper uses AdamW with weight decay 0.01, "
+        "one epoch of warm-up and a linear decay",
+        "weights": "beta 1 and retain weight 5 by default, for one label per example; the paper has 0.1 and 1 "
+        "for answers of many tokens",
+        "stopping": "stopped when the loss on retain data leaves its bound",
+        "norm_stats": "frozen by default; the published runs train with dropout where the model has it",
+    },
+)
+def npo(
+    *,
+    beta: Positive = 1.0,
+    retain_weight: NonNegative = 5.0,
+    lr: Positive = 5e-4,
+    steps: Count = 75,
+    batch: AtLeastOne = 32,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
     """Make the forget answers less likely than under the original model, while minimising the loss on the retain data.
 
     The pull fades as an answer becomes unlikely, so it collapses later than gradient ascent. It does not promise to
@@ -47,5 +60,13 @@ def npo(*, beta: Positive = 1.0, retain_weight: NonNegative = 5.0, lr: Positive 
     The declared cost is with a teacher; with a cached reference the forget data are passed once a step, not twice.
     Published setting (TOFU, Llama-2-7b-chat): beta 0.1, AdamW, lr 1e-5, 32 examples a step, 10 epochs, weight 1.
     """
-    return Descend(forget=NPO(beta), retain=NLL(), combine=Weighted({"retain": retain_weight}), optimizer=Adam(lr),
-                   steps=steps, batch=batch, norm_stats=norm_stats, guard=Guard())
+    return Descend(
+        forget=NPO(beta),
+        retain=NLL(),
+        combine=Weighted({"retain": retain_weight}),
+        optimizer=Adam(lr),
+        steps=steps,
+        batch=batch,
+        norm_stats=norm_stats,
+        guard=Guard(),
+    )

@@ -20,13 +20,25 @@ from expunge.scope import edit
 _ROWS = "ceil(epochs * ceil(n_retain / min(batch, n_retain))) * min(batch, n_retain)"
 
 
-@method(paper="arXiv:1912.03817", needs={"retain"}, dose=None, promise="exact",
-        cost={"forward": _ROWS, "backward": _ROWS},
-        departures={"dose": "there is none: the model starts afresh, so that zero epochs give an untrained model"})
-def retrain(*, optimizer: Literal["adam", "adamw", "sgd"] = "adam", lr: Positive = 1e-3, momentum: NonNegative = 0.9,
-            weight_decay: NonNegative = 0.0, epochs: Annotated[float, Range(0)] = 40.0, batch: AtLeastOne = 64,
-            schedule: Literal["constant", "linear", "cosine"] = "constant",
-            make: Callable[[], nn.Module] | None = None) -> Stage:
+@method(
+    paper="arXiv:1912.03817",
+    needs={"retain"},
+    dose=None,
+    promise="exact",
+    cost={"forward": _ROWS, "backward": _ROWS},
+    departures={"dose": "there is none: the model starts afresh, so that zero epochs give an untrained model"},
+)
+def retrain(
+    *,
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam",
+    lr: Positive = 1e-3,
+    momentum: NonNegative = 0.9,
+    weight_decay: NonNegative = 0.0,
+    epochs: Annotated[float, Range(0)] = 40.0,
+    batch: AtLeastOne = 64,
+    schedule: Literal["constant", "linear", "cosine"] = "constant",
+    make: Callable[[], nn.Module] | None = None,
+) -> Stage:
     """Train a freshly initialised model on the retain data; give the recipe that the model was trained with.
 
     The result is a function of the retain data, the recipe and the seed: the forget data has no influence on it, to
@@ -46,8 +58,11 @@ def retrain(*, optimizer: Literal["adam", "adamw", "sgd"] = "adam", lr: Positive
         schedule: of the learning rate, over the run: "constant", "linear" or "cosine" decay to 0.
         make: builds the model untrained; None resets every module of a copy by its own ``reset_parameters``.
     """
-    rates: dict[str, Optimizer] = {"adam": Adam(lr, weight_decay=weight_decay), "sgd": SGD(lr, momentum, weight_decay),
-                                   "adamw": AdamW(lr, weight_decay=weight_decay)}
+    rates: dict[str, Optimizer] = {
+        "adam": Adam(lr, weight_decay=weight_decay),
+        "sgd": SGD(lr, momentum, weight_decay),
+        "adamw": AdamW(lr, weight_decay=weight_decay),
+    }
     schedules: dict[str, Schedule] = {"constant": Constant(), "linear": Linear(), "cosine": Cosine()}
     return _Retrain(rates[optimizer], schedules[schedule], float(epochs), batch, make)
 
@@ -66,12 +81,20 @@ class _Retrain:
         kept = _kept(case)
         edit(case, {name: value.detach() for name, value in fresh.named_parameters() if name in case.scope})
         if kept:
-            case.meter.note(f"{kept} of the model's weights are out of scope or frozen and keep what they learnt, from "
-                            f"the forget data too: this is retraining of the others only")
+            case.meter.note(
+                f"{kept} of the model's weights are out of scope or frozen and keep what they learnt, from "
+                f"the forget data too: this is retraining of the others only"
+            )
         else:
             _copy_buffers(fresh, case.model)
-        train = Descend(retain=NLL(), optimizer=self.optimizer, schedule=self.schedule, epochs=self.epochs,
-                        batch=self.batch, norm_stats="frozen" if kept else "live")
+        train = Descend(
+            retain=NLL(),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            epochs=self.epochs,
+            batch=self.batch,
+            norm_stats="frozen" if kept else "live",
+        )
         return train(replace(case, rng=rng))
 
 

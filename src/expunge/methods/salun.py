@@ -15,27 +15,38 @@ from expunge.saliency import Saliency
 STEPS = "steps * (min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
 
 
-@method(paper="arXiv:2310.12508", needs={"forget", "retain"}, dose="steps",
-        cost={"forward": f"(keep < 1) * n_forget + {STEPS}", "backward": f"(keep < 1) * n_forget + {STEPS}"},
-        departures={
-            "mask": "each example weighs the same in the sum of gradients; authors' code sums gradients of batch "
-                    "means, so that a short last batch weighs more, and clips each batch's gradient for diffusion "
-                    "models",
-            "contract:cost:diffusion": "a wrong answer is there what the model says of another condition: one more "
-                                       "forward pass of the forget batch per step, which the declared cost leaves "
-                                       "out",
-            "labels": "never the true one, as in the paper's formula; the authors' code draws over all classes "
-                      "(images) or takes the next one (diffusion)",
-            "batches": "one forget and one retain batch of their own in every step; authors' code makes a pass over "
-                       "the forget set and then one over the retain set (CIFAR-10)",
-            "weights": "the retain weight is 2 by default, not 1",
-            "norm_stats": "frozen by default; the published image runs train with live batch statistics, which no "
-                          "mask holds",
-            "soft": "the soft-thresholded variant (SalUn-soft) is not here",
-        })
-def salun(*, keep: Share = 0.5, forget: Objective = RandomLabel(), retain_weight: NonNegative = 2.0,
-          lr: Positive = 2e-3, steps: Count = 75, batch: AtLeastOne = 32,
-          norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2310.12508",
+    needs={"forget", "retain"},
+    dose="steps",
+    cost={
+        "forward": f"(keep < 1) * n_forget + {STEPS} + steps * relabel * min(batch, n_forget)",
+        "backward": f"(keep < 1) * n_forget + {STEPS}",
+    },
+    departures={
+        "mask": "each example weighs the same in the sum of gradients; authors' code sums gradients of batch "
+        "means, so that a short last batch weighs more, and clips each batch's gradient for diffusion "
+        "models",
+        "labels": "never the true one, as in the paper's formula; the authors' code draws over all classes "
+        "(images) or takes the next one (diffusion)",
+        "batches": "one forget and one retain batch of their own in every step; authors' code makes a pass over "
+        "the forget set and then one over the retain set (CIFAR-10)",
+        "weights": "the retain weight is 2 by default, not 1",
+        "norm_stats": "frozen by default; the published image runs train with live batch statistics, which no "
+        "mask holds",
+        "soft": "the soft-thresholded variant (SalUn-soft) is not here",
+    },
+)
+def salun(
+    *,
+    keep: Share = 0.5,
+    forget: Objective = RandomLabel(),
+    retain_weight: NonNegative = 2.0,
+    lr: Positive = 2e-3,
+    steps: Count = 75,
+    batch: AtLeastOne = 32,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
     """Forget by another objective, moving only the share `keep` of the weights with the largest forget gradient.
 
     All other weights keep their value to the bit, whatever the optimizer's momentum and decay. It does not promise that
@@ -58,6 +69,14 @@ def salun(*, keep: Share = 0.5, forget: Objective = RandomLabel(), retain_weight
     10 epochs, live statistics; DDPM, Adam, lr 1e-4, norm clipped at 1, 1000 steps of 128 examples:
     ``chain(Saliency(0.5), Descend(forget=RandomLabel(), retain=NLL(), optimizer=..., ...))``.
     """
-    descend = Descend(forget=forget, retain=NLL(), combine=Weighted({"retain": retain_weight}), optimizer=Adam(lr),
-                      steps=steps, batch=batch, norm_stats=norm_stats, guard=Guard())
+    descend = Descend(
+        forget=forget,
+        retain=NLL(),
+        combine=Weighted({"retain": retain_weight}),
+        optimizer=Adam(lr),
+        steps=steps,
+        batch=batch,
+        norm_stats=norm_stats,
+        guard=Guard(),
+    )
     return chain(Saliency(keep), descend)

@@ -17,25 +17,39 @@ FORGET = "min(epochs, ascent_epochs) * ceil(n_forget / min(forget_batch, n_forge
 RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * min(batch, n_retain)"
 
 
-@method(paper="arXiv:2302.09880", needs={"forget", "retain", "teacher:original"}, dose="epochs",
-        cost={"forward": f"2 * {FORGET} + ((label_weight > 0) + 2 * (distill_weight > 0)) * {RETAIN}",
-              "backward": f"{FORGET} + ((label_weight > 0) + (distill_weight > 0)) * {RETAIN}"},
-        departures={
-            "retain_steps": "a retain pass is cut short after that many steps, so that the cost does not grow with "
-                            "the retain set; the paper's pass is over all of it",
-            "graphs": "the two retain terms are differentiated one after the other, each with its own forward pass",
-            "optimizer": "Adam at a constant rate without weight decay; the paper's rate falls tenfold at fixed "
-                         "epochs",
-            "rewind": "SCRUB+R, which picks an epoch by the error on held-out data, is not here; the guard keeps the "
-                      "last epoch whose retain loss is in bounds",
-            "temperature": "1 by default, not 2 or 4: the factor T squared sets the speed of the unbounded term, "
-                           "which a safe default keeps low",
-            "norm_stats": "frozen by default; the published runs train with live batch statistics",
-        })
-def scrub(*, distill_weight: NonNegative = 0.5, label_weight: NonNegative = 1.0, temperature: Positive = 1.0,
-          epochs: Count = 6, ascent_epochs: Count = 4, lr: Positive = 7e-4, forget_batch: AtLeastOne = 32,
-          batch: AtLeastOne = 32, retain_steps: AtLeastOne = 10,
-          norm_stats: Literal["frozen", "live"] = "frozen") -> Stage:
+@method(
+    paper="arXiv:2302.09880",
+    needs={"forget", "retain", "teacher:original"},
+    dose="epochs",
+    cost={
+        "forward": f"2 * {FORGET} + ((label_weight > 0) + 2 * (distill_weight > 0)) * {RETAIN}",
+        "backward": f"{FORGET} + ((label_weight > 0) + (distill_weight > 0)) * {RETAIN}",
+    },
+    departures={
+        "retain_steps": "a retain pass is cut short after that many steps, so that the cost does not grow with "
+        "the retain set; the paper's pass is over all of it",
+        "graphs": "the two retain terms are differentiated one after the other, each with its own forward pass",
+        "optimizer": "Adam at a constant rate without weight decay; the paper's rate falls tenfold at fixed epochs",
+        "rewind": "SCRUB+R, which picks an epoch by the error on held-out data, is not here; the guard keeps the "
+        "last epoch whose retain loss is in bounds",
+        "temperature": "1 by default, not 2 or 4: the factor T squared sets the speed of the unbounded term, "
+        "which a safe default keeps low",
+        "norm_stats": "frozen by default; the published runs train with live batch statistics",
+    },
+)
+def scrub(
+    *,
+    distill_weight: NonNegative = 0.5,
+    label_weight: NonNegative = 1.0,
+    temperature: Positive = 1.0,
+    epochs: Count = 6,
+    ascent_epochs: Count = 4,
+    lr: Positive = 7e-4,
+    forget_batch: AtLeastOne = 32,
+    batch: AtLeastOne = 32,
+    retain_steps: AtLeastOne = 10,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
     """Alternate passes that leave the original model on the forget data with passes that return to it on retain data.
 
     In each of the first `ascent_epochs` epochs the forget pass comes first and the retain pass after it; the other
@@ -70,11 +84,18 @@ def scrub(*, distill_weight: NonNegative = 0.5, label_weight: NonNegative = 1.0,
         ascent = Turn(("forget",), _passes(case, "forget", forget_batch))
         mend = Turn(("retain", "near"), min(_passes(case, "retain", batch), retain_steps), combine=retain)
         turns = [turn for epoch in range(epochs) for turn in ((ascent, mend) if epoch < ascent_epochs else (mend,))]
-        ends = [sum(turn.steps for turn in turns[:i + 1]) for i, turn in enumerate(turns) if turn is mend]
-        descend = Descend(forget=Ascent(near), retain=NLL(), others={"near": On("retain", near)},
-                          combine=Alternate(tuple(turns)), optimizer=Adam(lr), steps=ends[-1], norm_stats=norm_stats,
-                          batch={"forget": forget_batch, "retain": batch, "near": batch},
-                          guard=Guard(checks=tuple(ends)))  # within a round the retain loss is meant to rise first
+        ends = [sum(turn.steps for turn in turns[: i + 1]) for i, turn in enumerate(turns) if turn is mend]
+        descend = Descend(
+            forget=Ascent(near),
+            retain=NLL(),
+            others={"near": On("retain", near)},
+            combine=Alternate(tuple(turns)),
+            optimizer=Adam(lr),
+            steps=ends[-1],
+            norm_stats=norm_stats,
+            batch={"forget": forget_batch, "retain": batch, "near": batch},
+            guard=Guard(checks=tuple(ends)),
+        )  # within a round the retain loss is meant to rise first
         return descend(case)
 
     return rounds

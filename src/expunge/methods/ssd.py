@@ -16,17 +16,28 @@ from expunge.registry import AtLeastOne, NonNegative, Range, Share, method
 from expunge.runtime import threshold as level_of
 
 
-@method(paper="arXiv:2308.07707", needs={"forget", "retain"}, dose="exponent",
-        cost={"forward": "n_forget + n_retain", "backward": "n_forget + n_retain"},
-        departures={
-            "importance": "squared gradients of single examples; the authors square the gradient of a batch mean, "
-                          "which depends on the batch size, so their thresholds (10 and more) do not carry over",
-            "threshold": "by default the share of weights selected is fixed; the authors fix the threshold",
-            "strength": "0.3 by default; 1 in the authors' code",
-            "guard": "the exponent is lowered until the retain loss keeps its bound; the authors have no guard",
-        })
-def ssd(*, threshold: Annotated[float | None, Range(0)] = None, share: Share = 0.03, strength: NonNegative = 0.3,
-        exponent: NonNegative = 1.0, rise: Share = 0.05, chunk: AtLeastOne = 64) -> Stage:
+@method(
+    paper="arXiv:2308.07707",
+    needs={"forget", "retain"},
+    dose="exponent",
+    cost={"forward": "n_forget + n_retain", "backward": "n_forget + n_retain"},
+    departures={
+        "importance": "squared gradients of single examples; the authors square the gradient of a batch mean, "
+        "which depends on the batch size, so their thresholds (10 and more) do not carry over",
+        "threshold": "by default the share of weights selected is fixed; the authors fix the threshold",
+        "strength": "0.3 by default; 1 in the authors' code",
+        "guard": "the exponent is lowered until the retain loss keeps its bound; the authors have no guard",
+    },
+)
+def ssd(
+    *,
+    threshold: Annotated[float | None, Range(0)] = None,
+    share: Share = 0.03,
+    strength: NonNegative = 0.3,
+    exponent: NonNegative = 1.0,
+    rise: Share = 0.05,
+    chunk: AtLeastOne = 64,
+) -> Stage:
     """Dampen the weights whose importance to the forget data far exceeds that to all data. No training.
 
     Where I_f > threshold * I_D: ``w <- w * min((strength I_D / I_f) ** exponent, 1)``, with I the diagonal empirical
@@ -67,8 +78,14 @@ class _Dampen:
             case.meter.note(_nothing(level, part, forget, whole))
             return replace(case, rng=rng)
         weights = {name: p.detach().clone() for name, p in case.scope.parameters(case.model).items()}
-        guarded_edit(case, lambda dose: dampen(weights, forget, whole, level, self.strength, dose), self.exponent, key,
-                     name="exponent", rise=self.rise)
+        guarded_edit(
+            case,
+            lambda dose: dampen(weights, forget, whole, level, self.strength, dose),
+            self.exponent,
+            key,
+            name="exponent",
+            rise=self.rise,
+        )
         return replace(case, rng=rng)
 
     def _importances(self, case: Case, key: Key) -> tuple[Grads, Grads, float]:
@@ -95,10 +112,14 @@ def _threshold(forget: Grads, whole: Grads, share: float) -> float:
 
 def _nothing(level: float, part: float, forget: Grads, whole: Grads) -> str:
     if level >= 1.0 / part:
-        return (f"no weight was selected, nothing changed: the threshold is {level:g}, and since the forget data is "
-                f"{part:.3g} of all data no importance ratio can exceed 1 / {part:.3g} = {1 / part:.4g}; give a lower "
-                f"threshold, or None")
+        return (
+            f"no weight was selected, nothing changed: the threshold is {level:g}, and since the forget data is "
+            f"{part:.3g} of all data no importance ratio can exceed 1 / {part:.3g} = {1 / part:.4g}; give a lower "
+            f"threshold, or None"
+        )
     ratios = torch.cat([ratio.flatten() for ratio in _ratios(forget, whole).values()])
     largest = float(ratios.max()) if ratios.numel() else 0.0
-    return (f"no weight was selected, nothing changed: the threshold is {level:g} and the largest importance ratio of "
-            f"any weight is {largest:.4g}; give a lower threshold, or None")
+    return (
+        f"no weight was selected, nothing changed: the threshold is {level:g} and the largest importance ratio of "
+        f"any weight is {largest:.4g}; give a lower threshold, or None"
+    )

@@ -12,21 +12,32 @@ from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, m
 _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
 
 
-@method(paper="arXiv:2510.22124", needs={"forget", "retain"}, dose="steps", cost={"forward": _ROWS, "backward": _ROWS},
-        departures={
-            "batches": "forget and retain batches of their own; the authors cut one mixed batch, which weighs the two "
-                       "losses by their shares",
-            "denominator": "a bound on the multiplier in place of 1e-8 added to |g_r|^2",
-            "contract:cost:diffusion": "a wrong answer is there what the model says of another condition: one more "
-                                       "forward pass of the forget batch per step, which the declared cost leaves out",
-            "labels": "random labels never include the true one; the authors draw over all classes",
-            "tolerance": "-1 by default: a fall of the retain loss is demanded; 0 in the authors' code",
-            "guard": "stops where the retain loss leaves its bound: the constraint holds to first order only",
-        })
-def surgery(*, forget: Objective = RandomLabel(), tolerance: Finite = -1.0,
-            max_multiplier: Positive = 100.0, max_norm: Positive = 1.0, lr: Positive = 0.05,
-            momentum: NonNegative = 0.0, weight_decay: NonNegative = 0.0, steps: Count = 40,
-            batch: AtLeastOne = 64) -> Stage:
+@method(
+    paper="arXiv:2510.22124",
+    needs={"forget", "retain"},
+    dose="steps",
+    cost={"forward": f"{_ROWS} + steps * relabel * min(batch, n_forget)", "backward": _ROWS},
+    departures={
+        "batches": "forget and retain batches of their own; the authors cut one mixed batch, which weighs the two "
+        "losses by their shares",
+        "denominator": "a bound on the multiplier in place of 1e-8 added to |g_r|^2",
+        "labels": "random labels never include the true one; the authors draw over all classes",
+        "tolerance": "-1 by default: a fall of the retain loss is demanded; 0 in the authors' code",
+        "guard": "stops where the retain loss leaves its bound: the constraint holds to first order only",
+    },
+)
+def surgery(
+    *,
+    forget: Objective = RandomLabel(),
+    tolerance: Finite = -1.0,
+    max_multiplier: Positive = 100.0,
+    max_norm: Positive = 1.0,
+    lr: Positive = 0.05,
+    momentum: NonNegative = 0.0,
+    weight_decay: NonNegative = 0.0,
+    steps: Count = 40,
+    batch: AtLeastOne = 64,
+) -> Stage:
     """Descend along the direction nearest to the forget gradient that does not raise the retain loss.
 
     ``d = g_f + max(0, (-g_r . g_f - tolerance) / |g_r|^2) g_r``, then clipped to `max_norm`, then a step (EUPMU eq. 2,
@@ -47,5 +58,12 @@ def surgery(*, forget: Objective = RandomLabel(), tolerance: Finite = -1.0,
         batch: examples of each kind per step, >= 1.
     """
     combine = Clip(OneSidedProjection(tolerance, max_multiplier=max_multiplier), max_norm)
-    return Descend(forget=forget, retain=NLL(), combine=combine, optimizer=SGD(lr, momentum, weight_decay), steps=steps,
-                   batch=batch, guard=Guard())
+    return Descend(
+        forget=forget,
+        retain=NLL(),
+        combine=combine,
+        optimizer=SGD(lr, momentum, weight_decay),
+        steps=steps,
+        batch=batch,
+        guard=Guard(),
+    )

@@ -44,18 +44,24 @@ class Classification:
         for batch in data.batches(1024):
             for column in (self.inputs, self.label):
                 if column not in batch:
-                    raise Refused(f"{name} data has no column {column!r}: it has {', '.join(batch)}; name the columns in "
-                                  f"Classification(inputs=..., label=...)")
+                    raise Refused(
+                        f"{name} data has no column {column!r}: it has {', '.join(batch)}; name the columns in "
+                        f"Classification(inputs=..., label=...)"
+                    )
             check_finite(batch[self.inputs], batch["id"], name)
             labels = batch[self.label]
             if labels.is_floating_point() or labels.ndim != 1:
-                raise Refused(f"{name} labels are {labels.dtype} of shape {tuple(labels.shape)}: expected one whole number "
-                              f"per example")
+                raise Refused(
+                    f"{name} labels are {labels.dtype} of shape {tuple(labels.shape)}: expected one whole number "
+                    f"per example"
+                )
             outside = torch.nonzero((labels < 0) | (labels >= self.classes)).flatten()
             if len(outside):
                 row = int(outside[0])
-                raise Refused(f"{name} label {int(labels[row])} (id {int(batch['id'][row])}) is outside the {self.classes} classes: "
-                              f"expected 0 to {self.classes - 1}")
+                raise Refused(
+                    f"{name} label {int(labels[row])} (id {int(batch['id'][row])}) is outside the {self.classes} classes: "
+                    f"expected 0 to {self.classes - 1}"
+                )
 
     def prepare(self, batch: Batch, rng: Key) -> Batch:
         """Nothing is random."""
@@ -75,8 +81,10 @@ class Classification:
         """[b] cross-entropy of the true label, nats."""
         logits = self.logits(model, batch)
         if logits.ndim != 2 or logits.shape[1] != self.classes:
-            raise Refused(f"the model returned logits of shape {tuple(logits.shape)}: expected [{len(batch['id'])}, {self.classes}] "
-                          f"for {self.classes} classes")
+            raise Refused(
+                f"the model returned logits of shape {tuple(logits.shape)}: expected [{len(batch['id'])}, {self.classes}] "
+                f"for {self.classes} classes"
+            )
         return F.cross_entropy(logits, self.labels(batch), reduction="none")
 
     def units(self, batch: Batch) -> Tensor:
@@ -106,8 +114,10 @@ def call_model(model: nn.Module, batch: Batch, inputs: str, call: Callable[[nn.M
     output = model(**value) if isinstance(value, dict) else model(value)
     if isinstance(output, Tensor):
         return output
-    raise Refused(f"the model returned a {type(output).__name__}: expected a tensor; say how to read it with "
-                  f"call=lambda model, batch: model(batch['{inputs}'])['logits']")
+    raise Refused(
+        f"the model returned a {type(output).__name__}: expected a tensor; say how to read it with "
+        f"call=lambda model, batch: model(batch['{inputs}'])['logits']"
+    )
 
 
 def kl(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -123,8 +133,10 @@ def check_finite(value: Any, ids: Tensor, name: str) -> None:
     def look(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
-            raise Refused(f"{name} data has NaN or infinite inputs, first at id {int(ids[bad][0])} ({int(bad.sum())} examples): "
-                          f"clean or drop them")
+            raise Refused(
+                f"{name} data has NaN or infinite inputs, first at id {int(ids[bad][0])} ({int(bad.sum())} examples): "
+                f"clean or drop them"
+            )
         return tensor
 
     map_tensors(look, value)
