@@ -6,6 +6,7 @@ python docs/generate.py --check    # exit status 1 if one of them is stale, miss
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def left_over(found: dict[Path, str]) -> list[Path]:
 
 def main(check: bool) -> int:
     """Write, or compare."""
+    os.chdir(ROOT)  # benchmark suites are listed by their path from here
     found = pages()
     stale = [path for path, text in found.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     gone = left_over(found)

@@ -32,14 +32,14 @@ def _extra(kind: str, part: Any) -> dict[str, Any]:
         return {}
     fields = getattr(part, "__dataclass_fields__", {})
     unit = fields["unit"].default if kind == "tasks" and "unit" in fields else None
-    settings = {name: repr(value) for name, value in _defaults(part).items()}
+    settings = {name: _default(value) for name, value in _defaults(part).items()}
     return {"settings": settings, **({"unit": unit} if unit else {})}
 
 
 def _defaults(part: Any) -> dict[str, Any]:
     found = inspect.signature(part).parameters
     return {
-        name: None if value.default is inspect.Parameter.empty else value.default
+        name: value.default
         for name, value in found.items()
         if "factory" not in repr(value.default)
     }

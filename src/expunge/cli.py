@@ -77,6 +77,8 @@ def _status(error: Exception) -> int | None:
 
 
 def _sentence(error: Exception) -> str:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return "say what to do: demo, run, audit, bench, list or explain; --help tells more"
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(message.split())
 
@@ -84,6 +86,33 @@ def _sentence(error: Exception) -> str:
 def _say(sentence: str, status: int) -> int:
     print(f"expunge: {sentence}", file=sys.stderr)
     return status
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from expunge.version import __version__
+
+        print(f"expunge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Make a trained model forget, with evidence."""
+
+
+def _one_thread() -> None:
+    """One thread for torch, unless OMP_NUM_THREADS says otherwise.
+
+    The built-in suites train networks of a few thousand weights: sharing out such a step costs more than it saves, and
+    on a machine that is busy with other work each step waits for the slowest thread: two are then many times slower.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @app.command()
@@ -95,6 +124,7 @@ def demo(
     """Forget something real on this machine and write a report."""
     from expunge import demo as story
 
+    _one_thread()
     summary = dict(story.run(out=out, seed=seed))
     reports = summary.pop("_reports", {}).values()
     if as_json:
@@ -112,12 +142,14 @@ def run(
     as_json: AsJson = False,
     gate: Gate = False,
 ) -> int:
-    """Do what a run file says: forget, and audit where it asks for references."""
+    """Do what a run file says: forget, and audit if it asks."""
     from expunge.core import Refused
     from expunge.perform import perform
     from expunge.spec import RunSpec
 
     spec = RunSpec.read(file, overrides or ())
+    if spec.data.suite is not None:
+        _one_thread()
     if gate and not spec.audit.wanted:
         raise Refused(
             "--gate needs something to judge by: give audit.retrained=3, or [audit] weights of retrained models"
@@ -129,10 +161,12 @@ def run(
         record = done.outcome.record
         cost = record["cost"]
         lines = [
-            f"{record['method']} forgot {record['examples'].get('forget', 0)} examples in {cost['seconds']:.1f} s "
-            f"({cost['forward']} rows forward, {cost['backward']} backward)",
+            f"{record['method']} was run to forget {record['examples'].get('forget', 0):,} examples: {cost['seconds']:.1f} s, "
+            f"{cost['forward']:,} rows forward, {cost['backward']:,} backward",
             *record["notes"],
         ]
+        if done.report is None:
+            lines.append("whether it forgot is not known: audit.retrained=3 compares it with models retrained without them")
         _print(*lines, *_report_parts(done.report), *([f"written to {done.folder}"] if done.folder else []))
     return _gated(done.report) if gate else DONE
 
@@ -148,12 +182,14 @@ def audit(
     as_json: AsJson = False,
     gate: Gate = False,
 ) -> int:
-    """Judge weights that are already there against retrained models."""
+    """Judge weights that are there against retrained models."""
     from expunge.core import Refused
     from expunge.perform import audit_files
     from expunge.spec import RunSpec
 
     spec = RunSpec.read(file, overrides or ())
+    if spec.data.suite is not None:
+        _one_thread()
     if gate and not (retrained or spec.audit.wanted):
         raise Refused("--gate needs something to judge by: give --retrained FILE, or audit.retrained=3")
     report = audit_files(spec, after, before, retrained or [], out)
@@ -174,6 +210,7 @@ def bench(
     from expunge.bench import bench as run_suite
     from expunge.bench import suite_file
 
+    _one_thread()
     path = suite_file(suite)
     found = run_suite(path, out)
     if as_json:
@@ -216,7 +253,7 @@ def list_(
 
 @app.command()
 def explain(method: Annotated[str, typer.Argument(help="A registered method.")], as_json: AsJson = False) -> None:
-    """Say what a method does, its settings, its paper, its departures and its cost."""
+    """Say what a method does, its settings, paper and cost."""
     from expunge.catalogue import described, page
 
     if as_json:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from expunge import gramian, runtime
-from expunge.core import Combiner, Grads, RunFailed
-from expunge.oracle import Oracle, Weight
+from expunge.core import Combiner, Grads, Refused, RunFailed
+from expunge.oracle import Diverged, Oracle, Weight
 from expunge.scope import Scope
 
 State = dict[str, Any]
@@ -50,6 +50,9 @@ class Weighted:
 
     def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
         weights = {}
+        for role in self.weights:
+            if role not in oracle.draws.roles:
+                raise Refused(f"Weighted names role {role!r}: expected one of {', '.join(oracle.draws.roles)}")
         for role in oracle.roles:
             weight = self.weights.get(role, 1.0)
             weights[role] = weight(oracle.progress) if callable(weight) else weight
@@ -93,6 +96,11 @@ def table_of(grads: list[Grads]) -> Tensor:
     for i, first in enumerate(grads):
         for j in range(i, len(grads)):
             table[i, j] = table[j, i] = runtime.dot(first, grads[j])
+    if not bool(torch.isfinite(table).all()):
+        raise Diverged(
+            "a gradient has entries that are not finite, though the losses are: lower the learning rate, or look for a "
+            "square root or a logarithm at 0 in the model"
+        )
     return table
 
 
@@ -456,8 +464,11 @@ class Clip:
     def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
         grads, state = self.inner.combine(oracle, state)
         norm = math.sqrt(runtime.dot(grads, grads))
+        scale = min(1.0, self.max_norm / (norm + TINY))
         oracle.report["update_norm"] = norm
-        return runtime.linear((min(1.0, self.max_norm / (norm + TINY)), grads)), state
+        if "retain_slope" in oracle.report:
+            oracle.report["retain_slope"] *= scale  # of the step that is taken, as the realised change will be
+        return runtime.linear((scale, grads)), state
 
     def settle(self, after: Oracle, state: State) -> State:
         return _settle(self.inner, after, state)
@@ -508,6 +519,9 @@ class _ForwardOnly:
 
     def view(self, roles: tuple[str, ...], pattern: str | None) -> _ForwardOnly:
         return _ForwardOnly(self._oracle.view(roles, pattern), self._mu, self._directions)
+
+    def at(self, shift: Grads) -> _ForwardOnly:
+        return _ForwardOnly(self._oracle.at(shift), self._mu, self._directions)
 
     def grad(self, weights: Mapping[str, Weight], scope: Scope | None = None) -> Grads:
         oracle, scope = self._oracle, scope or self._oracle.case.scope

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -63,6 +64,27 @@ class Key:
     def take(self) -> tuple[Key, Key]:
         """One key for a stage to use, and the key that it leaves behind in the Case."""
         return self.at("use"), self.at("next")
+
+
+@contextlib.contextmanager
+def own_streams(seed: int, devices: Sequence[int] = ()) -> Iterator[None]:
+    """The global random streams of torch, numpy and Python at a start given by `seed`, and put back afterwards.
+
+    For code of the user's that may draw from them: a constructor, a data set that augments. `devices` are CUDA's.
+    """
+    numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numbers)  # noqa: NPY002
+        random.setstate(python)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

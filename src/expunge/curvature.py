@@ -101,8 +101,7 @@ def mean_gradient(case: Case, data: Data, objective: Objective, chunk: int = 64,
             weights += float(example_weights(case, objective, batch).sum())
             grads = sum_gradient(case, _Times(objective), batch)
             total = runtime.linear((1.0, total), (1.0, grads)) if total else grads
-    scale = weights * runtime.world()  # every process went through all of the data, and the gradients were summed
-    return runtime.linear((1.0 / scale, total))
+    return runtime.linear((1.0 / weights, total))
 
 
 def woodfisher_exact(

@@ -34,8 +34,36 @@ FOLDS = 5
 
 # Found by bench/tune_demo.py on other digits and other splits of the training records; a test holds the two together.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "digit": {},
-    "memorised": {},
+    "digit": {
+        "bad_teacher": {"lr": 0.002, "steps": 45, "batch": 32},
+        "eupmu": {"lr": 0.2, "tolerance": -0.01, "variant": "fast", "steps": 25},
+        "finetune": {"lr": 0.2, "steps": 50},
+        "grad_diff": {"lr": 0.0004, "steps": 45, "batch": 32, "forget_weight": 0.05},
+        "gradient_ascent": {"lr": 0.0002, "steps": 36},
+        "influence": {"scale": 4.0, "recursion": "exact", "samples": 300},
+        "l1_sparse": {"lr": 0.003, "steps": 60, "alpha": 0.003},
+        "npo": {"lr": 0.0006, "steps": 45, "batch": 32, "beta": 1.0, "retain_weight": 2.0},
+        "random_label": {"lr": 0.002, "steps": 60, "batch": 32, "retain_weight": 2.0},
+        "salun": {"lr": 0.003, "steps": 60, "batch": 32, "retain_weight": 2.0},
+        "scrub": {"lr": 0.002, "epochs": 4, "ascent_epochs": 1, "retain_steps": 6, "temperature": 2.0},
+        "ssd": {"share": 0.06, "strength": 1.0},
+        "surgery": {"lr": 0.1, "tolerance": -1.0, "steps": 25, "max_norm": 1.0},
+    },
+    "memorised": {
+        "bad_teacher": {"lr": 0.002, "steps": 45, "batch": 32},
+        "eupmu": {"lr": 0.2, "tolerance": -0.01, "variant": "implicit", "steps": 25},
+        "finetune": {"lr": 0.2, "steps": 50},
+        "grad_diff": {"lr": 0.001, "steps": 45, "batch": 32, "forget_weight": 0.05},
+        "gradient_ascent": {"lr": 0.0002, "steps": 20},
+        "influence": {"scale": 4.0, "recursion": "exact", "samples": 300},
+        "l1_sparse": {"lr": 0.003, "steps": 60, "alpha": 0.0015},
+        "npo": {"lr": 0.0003, "steps": 35, "batch": 32, "beta": 1.0, "retain_weight": 5.0},
+        "random_label": {"lr": 0.002, "steps": 60, "batch": 32, "retain_weight": 2.0},
+        "salun": {"lr": 0.002, "steps": 60, "batch": 32, "retain_weight": 2.0},
+        "scrub": {"lr": 0.0007, "epochs": 4, "ascent_epochs": 2, "retain_steps": 6, "temperature": 2.0},
+        "ssd": {"share": 0.1, "strength": 0.1},
+        "surgery": {"lr": 0.1, "tolerance": -0.5, "steps": 35, "max_norm": 2.0},
+    },
 }
 
 INTENT = {

@@ -108,6 +108,7 @@ class Descend:
         """How many steps there will be; refuses settings that cannot work."""
         if not roles:
             raise Refused("Descend has no objective: give forget=, retain= or others=")
+        self._check(roles)
         if (self.steps is None) == (self.epochs is None):
             raise Refused(
                 f"Descend needs exactly one of steps and epochs, found steps={self.steps}, epochs={self.epochs}"
@@ -134,6 +135,37 @@ class Descend:
         size = len(case.request.data(source))
         return math.ceil((self.epochs or 0) * math.ceil(size / min(size, self.size(first))))
 
+    def _check(self, roles: Mapping[str, On]) -> None:
+        """Refuse parts that are not what they should be, and numbers out of range."""
+        made = {
+            **{f"the objective of role {role!r}": on.objective for role, on in roles.items()},
+            "combine": self.combine,
+        }
+        for what, part in made.items():
+            if isinstance(part, type) or not (callable(part) or what == "combine"):
+                found = (
+                    f"the class {part.__name__}, give an instance: {part.__name__}()"
+                    if isinstance(part, type)
+                    else repr(part)
+                )
+                raise Refused(
+                    f"Descend: {what} is {found}; expected one of expunge.{'combine' if what == 'combine' else 'objectives'}"
+                )
+        named = self.batch if isinstance(self.batch, Mapping) else {}
+        for role in named:
+            if role not in roles:
+                raise Refused(f"Descend: batch names role {role!r}: expected one of {', '.join(roles)}")
+        sizes = {f"batch of role {role!r}": self.size(role) for role in roles}
+        for what, value, least in (
+            *((name, size, 1) for name, size in sizes.items()),
+            ("accumulate", self.accumulate, 1),
+            ("steps", self.steps or 0, 0),
+            ("epochs", self.epochs or 0, 0),
+            ("watch", self.watch, 0),
+        ):
+            if not value >= least:
+                raise Refused(f"Descend: {what} must be at least {least}, found {value!r}")
+
     def size(self, role: str) -> int:
         """Examples per step of a role."""
         return self.batch if isinstance(self.batch, int) else self.batch.get(role, 64)
@@ -159,6 +191,10 @@ class _Run:
         self.sizes = {role: plan.size(role) for role in roles}
         self.watched = _Watch(plan.guard, case, key, steps) if plan.guard is not None else None
         self.step = 0
+
+    @property
+    def _live(self) -> bool:
+        return self.plan.norm_stats == "live"
 
     def go(self) -> None:
         checkpoint = self.case.journal.enter(self.plan) if self.case.journal is not None else None
@@ -224,7 +260,7 @@ class _Run:
     @contextlib.contextmanager
     def _noise(self) -> Any:
         """Dropout in live mode draws from the global stream: lend it one that is a function of the step, then give it back."""
-        if self.plan.norm_stats == "frozen":
+        if not self._live:
             yield
             return
         with torch.random.fork_rng():
@@ -237,8 +273,12 @@ class _Run:
         row.update(oracle.report)
         if "retain" in oracle.losses.known:
             if self.plan.watch and self.step % self.plan.watch == 0 and "retain" not in after.losses.known:
-                with self.case.meter.checking():
+                buffers = {name: b.clone() for name, b in self.case.model.named_buffers()} if self._live else {}
+                with self.case.meter.checking(), self._noise():
                     _ = after.losses["retain"]
+                for name, b in self.case.model.named_buffers():  # a look at live normalisation must not move it
+                    if name in buffers:
+                        b.copy_(buffers[name])
             if "retain" in after.losses.known:
                 row["retain_realised"] = after.losses.known["retain"] - oracle.losses.known["retain"]
                 if "retain_slope" in row:
@@ -246,8 +286,9 @@ class _Run:
         self.case.meter.history.append(row)
 
     def _fall_back(self, reason: str) -> None:
-        if self.watched is None:
-            raise Diverged(f"{reason}; nothing was kept, because this stage has no guard")
+        if self.watched is None or self.watched.data is None:
+            why = "this stage has no guard" if self.watched is None else "there was no data for the guard to watch"
+            raise Diverged(f"{reason}; nothing was kept, because {why}")
         self._put_back(self.watched.kept)
         self.case.meter.note(
             f"stopped at step {self.step} of {self.steps}: {reason}; the state of step "
@@ -257,7 +298,7 @@ class _Run:
     def _snapshot(self) -> dict[str, Tensor]:
         """What this stage can change: parameters in scope, and buffers where normalisation is live."""
         kept = {f"p/{name}": p.detach().clone() for name, p in self.scope.parameters.items()}
-        if self.plan.norm_stats == "live":
+        if self._live:
             kept.update({f"b/{name}": b.detach().clone() for name, b in self.case.model.named_buffers()})
         return kept
 
@@ -324,7 +365,9 @@ class _Watch:
         """None inside the bound (the state is then kept); outside it, the sentence that says so."""
         loss = self._loss()
         if math.isfinite(loss) and loss <= self.bound:
-            self.kept, self.kept_step, self.outside = snapshot(), step, 0
+            state = snapshot()
+            if runtime.finite(state):  # a weight that these examples do not use may be broken all the same
+                self.kept, self.kept_step, self.outside = state, step, 0
             return None
         self.outside += 1
         if self.outside < self.guard.patience and step < max(self.at) and math.isfinite(loss):

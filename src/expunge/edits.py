@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy as copying
-import random
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from expunge.core import Grads, Key, Refused
+from expunge.core import Grads, Key, Refused, own_streams
 
 
 def dampen(
@@ -92,19 +90,8 @@ def _streams(seed: int, model: nn.Module | None) -> Iterator[None]:
     Resetting happens on the CPU, so accelerators matter only to a user's own constructor.
     """
     devices = list(range(torch.cuda.device_count())) if model is None and torch.cuda.is_available() else []
-    numbers, python = np.random.get_state(), random.getstate()  # noqa: NPY002 - a user's constructor may draw from it
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            random.seed(seed)
-            yield
-    finally:
-        np.random.set_state(numbers)  # noqa: NPY002
-        random.setstate(python)
+    with own_streams(seed, devices):
+        yield
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -28,6 +28,10 @@ from expunge.core import Case, Chain, Data, Key, Refused, Request, Stage
 from expunge.scope import Scope
 
 
+class CannotWrite(OSError):
+    """A file of the run could not be written; not to be taken for a failure to read the user's data."""
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside it first, flushed to disk, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +42,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(error.errno, error.strerror or str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

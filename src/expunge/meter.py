@@ -28,6 +28,7 @@ class Meter:
     def __init__(self) -> None:
         self.forward = self.backward = self.checks = 0
         self.seconds = 0.0
+        self._since: float | None = None
         self.history: list[dict[str, float]] = []
         self.notes: list[str] = []
         self._graph_rows = 0
@@ -81,11 +82,14 @@ class Meter:
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
         """Add the wall-clock seconds spent inside."""
-        start = time.perf_counter()
+        self._since = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - start
+            self.seconds, self._since = self._elapsed(), None
+
+    def _elapsed(self) -> float:
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def note(self, sentence: str) -> None:
         """Keep a sentence for the record, once."""
@@ -94,13 +98,15 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (JSON)."""
-        names = ("forward", "backward", "checks", "seconds", "history", "notes")
-        return {name: getattr(self, name) for name in names}
+        names = ("forward", "backward", "checks", "history", "notes")
+        return {**{name: getattr(self, name) for name in names}, "seconds": self._elapsed()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state()``."""
         for name, value in state.items():
             setattr(self, name, list(value) if isinstance(value, list) else value)
+        if self._since is not None:
+            self._since = time.perf_counter()  # the seconds up to here are in the state
 
 
 def first_tensor(tree: Any) -> Tensor | None:

@@ -29,6 +29,16 @@ def _groups(parameters: Mapping[str, nn.Parameter], lr: float, patterns: Mapping
     ]
 
 
+def _check_eps(eps: float, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an eps that is 0 in the weights' own precision: Adam would divide by zero at its first step."""
+    for name, p in parameters.items():
+        if not float(torch.tensor(eps, dtype=p.dtype)) > 0:
+            raise Refused(
+                f"Adam cannot train {name!r} in {p.dtype}, where its eps of {eps:g} is 0: give the model in float32 or "
+                f"bfloat16, or use SGD"
+            )
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stochastic gradient descent. `groups` maps a name pattern to its own learning rate."""
@@ -61,6 +71,7 @@ class Adam:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
+        _check_eps(self.eps, parameters)
         return torch.optim.Adam(
             _groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
@@ -78,6 +89,7 @@ class AdamW:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
+        _check_eps(self.eps, parameters)
         return torch.optim.AdamW(
             _groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,15 +43,21 @@ def positions(key: Key, size: int, batch: int, index: int) -> Tensor:
     start, stop = index * batch, (index + 1) * batch
     parts = []
     for epoch in range(start // size, (stop - 1) // size + 1):
-        order = torch.randperm(size, generator=key.at("epoch", epoch).generator())
+        order = _shuffle(key, size, epoch)
         parts.append(order[max(0, start - epoch * size) : min(size, stop - epoch * size)])
     return torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffle(key: Key, size: int, epoch: int) -> Tensor:
+    """Kept for the steps of an epoch, or each would shuffle all of the data again; never written to."""
+    return torch.randperm(size, generator=key.at("epoch", epoch).generator())
 
 
 class Draws:
     """The batches of one step: drawn on first use, then the same for every reader.
 
-    Roles on one source see the same examples, and the same randomness of the modality.
+    Roles that read as many examples of one source see the same ones, and the same randomness of the modality.
     """
 
     def __init__(
@@ -63,7 +70,7 @@ class Draws:
         clock: Callable[[str, int], int],
     ):
         self.case, self.roles, self.key, self.step, self.sizes, self.clock = case, roles, key, step, sizes, clock
-        self._prepared: dict[tuple[str, int], Batch] = {}
+        self._prepared: dict[tuple[str, int, int], Batch] = {}
         self._drawn: dict[str, Batch] = {}
 
     def batch(self, role: str) -> Batch:
@@ -80,13 +87,13 @@ class Draws:
         return self._drawn[role]
 
     def _source(self, role: str, source: str) -> Batch:
-        index = self.clock(role, self.step)
-        if (source, index) not in self._prepared:
+        index, size = self.clock(role, self.step), self.sizes[role]
+        if (source, index, size) not in self._prepared:
             data = self.case.request.data(source)
-            chosen = positions(self.key.at("order", source), len(data), self.sizes[role], index)
+            chosen = positions(self.key.at("order", source), len(data), size, index)
             batch = runtime.to_device(data.batch(chosen), runtime.device_of(self.case.model))
-            self._prepared[source, index] = self.case.task.prepare(batch, self.key.at("prepare", source, index))
-        return self._prepared[source, index]
+            self._prepared[source, index, size] = self.case.task.prepare(batch, self.key.at("prepare", source, index))
+        return self._prepared[source, index, size]
 
 
 class Losses(Mapping[str, float]):
@@ -150,8 +157,13 @@ class Oracle:
         return self._like(self.shift)
 
     def at(self, shift: Grads) -> Oracle:
-        """The same drawn batches at weights + shift; the weights are restored to the bit after each look."""
-        return self._like(shift)
+        """The same drawn batches at weights + shift; the weights are restored to the bit after each look.
+
+        Of an oracle that is shifted already, the two shifts add up.
+        """
+        before = self.shift or {}
+        both = {name: before[name] + shift[name] for name in before.keys() & shift.keys()}
+        return self._like({**before, **shift, **both})
 
     def view(self, roles: tuple[str, ...], pattern: str | None = None) -> Oracle:
         """Only these roles, and only the part of the scope that a name pattern selects; losses learnt are shared."""
@@ -161,6 +173,9 @@ class Oracle:
             if not found:
                 raise Refused(f"turn pattern {pattern!r} matches no parameter in scope")
             case = replace(case, scope=Scope(found, case.scope.universe))
+        for role in roles:
+            if role not in self.roles:
+                raise Refused(f"a turn names role {role!r}: expected one of {', '.join(self.roles)}")
         view = self._like(self.shift, case, {role: self.roles[role] for role in roles})
         view.losses.known, view.report = self.losses.known, self.report
         return view
@@ -203,17 +218,14 @@ class Oracle:
                     self.losses.known[role] = self._finish(role, self._backward(role, _always(weight)))
         if all(weight == 0.0 for weight in weights.values()):
             return {}
-        return scope.cut(self.case.scope.cut(runtime.gradient(parameters), self.case.model), self.case.model)
+        grads = self.case.scope.cut(runtime.gradient(parameters), self.case.model)
+        return grads if scope is self.case.scope else scope.cut(grads, self.case.model)
 
     def _backward(self, role: str, weigh: Callable[[float], float]) -> float:
         """Accumulate the gradient of the role's pieces, each weighted; the role's loss on this process."""
         total = 0.0
         for loss in self._pieces(role):
-            if not loss.requires_grad:
-                raise RunFailed(
-                    f"the loss of role {role!r} depends on none of the {len(self.parameters)} parameters in scope: widen "
-                    f"the scope, or check that the model does not detach its output"
-                )
+            _check_reached(loss, f"role {role!r}", len(self.parameters))
             value = float(loss.detach().double())
             (loss * weigh(value)).backward()
             self.case.meter.differentiated()
@@ -317,16 +329,25 @@ class Oracle:
         if self.shift is None:
             yield
             return
-        kept = {name: self.parameters[name].detach().clone() for name in self.shift}
+        named = dict(self.case.model.named_parameters())  # a view's own parameters may be fewer than the shift's
+        kept = {name: named[name].detach().clone() for name in self.shift}
         try:
             with torch.no_grad():
                 for name, value in self.shift.items():
-                    self.parameters[name].add_(value)
+                    named[name].add_(value)
             yield
         finally:
             with torch.no_grad():
                 for name, value in kept.items():
-                    self.parameters[name].copy_(value)
+                    named[name].copy_(value)
+
+
+def _check_reached(loss: Tensor, of: str, parameters: int) -> None:
+    if not loss.requires_grad:
+        raise RunFailed(
+            f"the loss of {of} depends on none of the {parameters} parameters in scope: widen the scope, or check that "
+            f"the model does not detach its output"
+        )
 
 
 def take(batch: Batch, rows: Tensor) -> Batch:
@@ -372,6 +393,8 @@ def mean_loss(case: Case, data: Data, objective: Objective, size: int, key: Key)
             weight = example_weights(case, objective, batch)
             total += float((per_example(case, objective, batch).double() * weight).sum())
             weights += float(weight.sum())
+    if weights <= 0:
+        raise Refused(f"the weights of {len(data)} examples sum to {weights:g}: expected at least one positive weight")
     return total / weights
 
 
@@ -382,6 +405,7 @@ def sum_gradient(case: Case, objective: Objective, batch: Batch) -> Grads:
         part = batch if runtime.world() == 1 else take(batch, index)
         case.meter.forget_graph()
         values = per_example(case, objective, part)
+        _check_reached(values, repr(objective), len(parameters))
         (values * real.to(values)).sum().backward()
         case.meter.differentiated()
     return case.scope.cut(runtime.gradient(parameters), case.model)
@@ -417,17 +441,19 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
     values = {name: p.detach() for name, p in parameters.items()}
     before = case.meter.forward
     try:
-        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="error")(values, batch)
+        rows_only = {name: part for name, part in batch.items() if isinstance(part, (Tensor, Mapping))}
+        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="error")(values, rows_only)
         case.meter.forward = before + rows_of(batch)
         case.meter.backward += rows_of(batch)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, KeyError) as error:
         case.meter.forward = before
         case.meter.note(
             f"per-example gradients were taken one at a time: the model cannot be batched over examples "
             f"({str(error).splitlines()[0][:120]})"
         )
         rows = [sum_gradient(case, objective, take(batch, torch.tensor([i]))) for i in range(rows_of(batch))]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        zero = {name: torch.zeros_like(p) for name, p in values.items()}  # an example need not reach every parameter
+        return {name: torch.stack([row.get(name, zero[name]) for row in rows]) for name in parameters}
     return {name: _masked(case, name, grad) for name, grad in grads.items()}
 
 
@@ -440,7 +466,8 @@ def _masked(case: Case, name: str, grad: Tensor) -> Tensor:
 def differentiable(case: Case, *, live: bool = False) -> Iterator[None]:
     """Set ``requires_grad`` to the scope and the mode to eval (or train, for live normalisation); restored after.
 
-    Eval mode means: running statistics used, no dropout, nothing but the scope moves.
+    Eval mode means: running statistics used, no dropout, nothing but the scope moves. Gradients that somebody left on
+    the model (its training, a step that failed half-way) are dropped, or they would be added to the first one taken.
     """
     flags = [(p, p.requires_grad) for p in case.model.parameters()]
     modes = [(module, module.training) for module in case.model.modules()]
@@ -450,10 +477,12 @@ def differentiable(case: Case, *, live: bool = False) -> Iterator[None]:
     case.model.train(live)
     try:
         for parameter, _ in flags:
+            parameter.grad = None
             parameter.requires_grad_(id(parameter) in parameters)
         yield
     finally:
         for parameter, flag in flags:
+            parameter.grad = None
             parameter.requires_grad_(flag)
         for module, training in modes:
             module.training = training

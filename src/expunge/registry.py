@@ -141,7 +141,10 @@ def method(
         def checked(**settings: Any) -> Stage:
             for name in settings:
                 if name not in signature.parameters:
-                    raise Refused(f"{build.__name__} has no setting {name!r}{did_you_mean(name, signature.parameters)}")
+                    raise Refused(
+                        f"{build.__name__} has no setting {name!r}{did_you_mean(name, signature.parameters)}; it has "
+                        f"{', '.join(signature.parameters)}"
+                    )
             bound = {n: p.default for n, p in signature.parameters.items()} | settings
             for name, value in bound.items():
                 check_setting(build.__name__, name, value, hints.get(name))
@@ -291,9 +294,9 @@ def find(kind: str, name: str, among: Mapping[str, Any]) -> Any:
 
 
 def did_you_mean(name: str, among: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` or nothing."""
+    """`` (did you mean 'x'?)`` or nothing."""
     near = difflib.get_close_matches(name, list(among), 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def need_extra(module: str, extra: str, what: str) -> Any:

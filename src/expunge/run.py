@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Case, Chain, Key, Refused, Request, Stage, Task, chain, eval_mode
+from expunge.core import Case, Chain, Key, Refused, Request, RunFailed, Stage, Task, chain, eval_mode
 from expunge.data.sources import fingerprint
 from expunge.data.split import disjoint
-from expunge.journal import Journal, described, sweep, write_bytes
+from expunge.journal import CannotWrite, Journal, described, sweep, write_bytes
 from expunge.meter import Meter, peak_bytes
 from expunge.registry import Bound, check_needs, find, methods
 from expunge.scope import Scope
@@ -91,6 +91,7 @@ def unlearn(
         Refused: for bad input or unmet needs, before any work.
         RunFailed: for a run that could not finish.
     """
+    _check_kinds(model, request, task)
     name, stage = resolve(method)
     runtime.reshard(model)
     if copy and any(runtime.sharded(p) for p in model.parameters()):
@@ -111,7 +112,7 @@ def unlearn(
         raise Refused("the processes of this run hold different models, data or settings: give each of them the same")
     folder = None if out is None else runtime.on_first(lambda: _open(Path(out), identity, model))
     if folder is not None and (folder / RECORD).exists():
-        return _finished(folder, model, shard, stage)
+        return _finished(folder, copying.deepcopy(model) if copy else model, shard, stage)
     work = copying.deepcopy(model) if copy else model
     work = work if shard is None else runtime.reshard(shard(work))
     case = Case(
@@ -125,6 +126,8 @@ def unlearn(
         Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None,
     )
     case = _run(stage, case)
+    if not isinstance(case, Case):
+        raise RunFailed(f"the stage returned a {type(case).__name__}: expected a Case, its own or replace(case, ...)")
     _say_if_unchanged(case, model if copy else None)
     record = _record(name, stage, seed, task, request, identity, case)
     if folder is not None:
@@ -135,6 +138,17 @@ def unlearn(
     return Outcome(case.model, record, case)
 
 
+def _check_kinds(model: Any, request: Any, task: Any) -> None:
+    """Refuse arguments that are something else than they should be."""
+    if not isinstance(model, nn.Module):
+        raise Refused(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if not isinstance(request, Request):
+        raise Refused(f"request is a {type(request).__name__}: expected what expunge.split(train, forget=...) returns")
+    if isinstance(task, type) or not hasattr(task, "nll"):
+        found = f"the class {task.__name__}" if isinstance(task, type) else f"a {type(task).__name__}"
+        raise Refused(f"task is {found}: expected a task such as expunge.Classification(classes=10)")
+
+
 def resolve(method: str | Stage) -> tuple[str, Stage]:
     """A registered name or a Stage -> (name, Stage)."""
     if isinstance(method, str):
@@ -143,6 +157,9 @@ def resolve(method: str | Stage) -> tuple[str, Stage]:
         raise Refused(
             f"method is a {type(method).__name__}: expected a registered name or a stage (a function of a Case)"
         )
+    for name, spec in methods().items():
+        if method is spec.build:
+            raise Refused(f"method is the function {name} itself: call it, methods.{name}(), to make a stage")
     return getattr(method, "name", type(method).__name__), method
 
 
@@ -209,6 +226,13 @@ def check_model(model: nn.Module, request: Request, task: Task) -> None:
 
 def _scope(model: nn.Module, scope: Scope | Sequence[str] | None) -> Scope:
     if isinstance(scope, Scope):
+        for name, p in scope.parameters(model).items():
+            mask = scope.masks[name]
+            if isinstance(mask, Tensor) and (mask.shape != p.shape or mask.dtype != torch.bool):
+                raise Refused(
+                    f"the scope's mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}: expected torch.bool of "
+                    f"shape {tuple(p.shape)}"
+                )
         return scope
     if isinstance(scope, str):
         scope = [scope]
@@ -243,7 +267,7 @@ def _identity(
         "method": name,
         "settings": _settings(stage),
         "seed": seed,
-        "task": repr(task),
+        "task": described(task),
         "data": data,
         "concepts": list(request.concepts),
         "weights": hash_tensors(dict(model.state_dict())),
@@ -262,17 +286,17 @@ def _settings(stage: Stage) -> Any:
 class writing:
     """Turn a failed write into one sentence; what was written before stays whole."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, errors: type[OSError] = OSError):
+        self.folder, self.errors = folder, errors
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, OSError):
+        if isinstance(error, self.errors):
             what = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
             raise Refused(
-                f"cannot write to {self.folder}: {what}; mend that and start the same run again, it goes on from "
+                f"cannot write to {self.folder}: {what}; mend that and give the same command again, a run goes on from "
                 f"its last checkpoint"
             ) from error
 
@@ -314,13 +338,13 @@ def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
     changed = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
     if changed:
         raise Refused(
-            f"{folder} holds another run: its {', '.join(changed)} differ from this call's; give another out folder"
+            f"{folder} holds another run, which differs from this one in {', '.join(changed)}: give another out folder"
         )
     return folder
 
 
 def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None, stage: Stage) -> Outcome:
-    work = load_weights(_rebuilt(stage, copying.deepcopy(model), folder / WEIGHTS), folder / WEIGHTS)
+    work = load_weights(_rebuilt(stage, model, folder / WEIGHTS), folder / WEIGHTS)
     try:
         record = json.loads((folder / RECORD).read_text())
     except ValueError as error:
@@ -346,7 +370,7 @@ def _run(stage: Stage, case: Case) -> Case:
     with case.meter.timed(), case.meter.watch(case.model, *modules):
         if case.journal is None:
             return whole(case)
-        with writing(case.journal.folder):
+        with writing(case.journal.folder, CannotWrite):  # any other is of the user's data or model
             return whole(case)
 
 
@@ -418,10 +442,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         raise Refused(f"there is no weights file {path}")
     tensors = _read_tensors(path)
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
-    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    aliases = dict(model.named_parameters(remove_duplicate=False))
-    missing = [name for name in wanted if name not in tensors]
-    unknown = [name for name in tensors if name not in wanted and name not in aliases]
+    tensors = _canonical(model, tensors, wanted)
+    saved = model.state_dict().keys()  # buffers that are not saved with a model may be absent
+    missing = [name for name in wanted if name in saved and name not in tensors]
+    unknown = [name for name in tensors if name not in wanted]
     if missing or unknown:
         raise Refused(
             f"{path} does not fit the model: "
@@ -431,6 +455,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
                 if names
             )
         )
+    wanted = {name: target for name, target in wanted.items() if name in tensors}
     for name, target in wanted.items():
         if tensors[name].shape != target.shape:
             raise Refused(
@@ -440,6 +465,17 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         for name, target in wanted.items():
             target.copy_(runtime.shard_like(tensors[name], target))
     return model
+
+
+def _canonical(model: nn.Module, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under canonical names: what is tied or shared has several, of which a file may hold any."""
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    names = {id(value): name for name, value in wanted.items()}
+    aliases = {name: names[id(value)] for name, value in every}
+    if not any(name in aliases for name in tensors):  # as DataParallel and DistributedDataParallel save them
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    found = {aliases[name]: value for name, value in tensors.items() if name in aliases}
+    return found | {name: value for name, value in tensors.items() if name not in aliases or name in wanted}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

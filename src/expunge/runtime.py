@@ -92,10 +92,11 @@ class _AllSum(torch.autograd.Function):
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum of every entry over all shards, differentiable with respect to the shards."""
+    """Sum of every entry over all shards, differentiable with respect to the shards; of half precision in float32."""
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
     if not sharded(tensor):
-        return tensor.sum()
-    return _AllSum.apply(local(tensor).sum() / _copies(tensor))
+        return tensor.sum(dtype=wide)
+    return _AllSum.apply(local(tensor).sum(dtype=wide) / _copies(tensor))
 
 
 def _copies(tensor: Tensor) -> int:

@@ -63,7 +63,7 @@ class Scope:
                 raise Refused(
                     f"scope pattern {pattern!r} matches no trainable parameter"
                     + (
-                        f"; did you mean {near[0]!r}?"
+                        f" (did you mean {near[0]!r}?)"
                         if near
                         else f"; names look like {next(iter(names), 'nothing')!r}"
                     )

@@ -274,7 +274,9 @@ def _nearest_key(names: Sequence[str]) -> str:
     if len(names) > 1:
         return did_you_mean(names[0], RunSpec.model_fields)
     homes = [section for section in RunSpec.model_fields if names[0] in _keys(RunSpec, [section])]
-    return f"; did you mean '{homes[0] if homes else 'method'}.{names[0]}'?"
+    settings = {name for found in methods().values() for name in found.settings()}
+    home = "method" if names[0] in settings or not homes else homes[0]  # lr and batch are settings of both
+    return f" (did you mean '{home}.{names[0]}'?)"
 
 
 def _value(text: str) -> Any:

@@ -19,12 +19,12 @@ from expunge.data import builtin
 from expunge.data.files import class_count, read
 from expunge.data.sources import as_data
 from expunge.data.split import split
-from expunge.data.tables import Loaded, Target
+from expunge.data.tables import Loaded, Target, few
 from expunge.registry import did_you_mean
 from expunge.run import check_request, load_weights
 from expunge.spec import DataSection, RunSpec
 
-_NAMED = re.compile(r"^\s*(\w+)\s*(==|!=)\s*[\"']?(.*?)[\"']?\s*$")
+_CONDITION = re.compile(r"^\s*(\S.*?)\s*(==|!=|<=|>=|<|>|\bin\b(?=\s*[\[({]))\s*(.+?)\s*$")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Workload:
         test, valid: further data, where there is any.
         make: builds a fresh network, where references may be retrained. recipe: how; None for the run file's own.
         names: of the classes.
-        columns: [n] numbers per training example, for conditions.
+        columns: [n] numbers per training example, for conditions. texts: what the numbers of a text column stand for.
     """
 
     train: Data
@@ -49,6 +49,7 @@ class Workload:
     recipe: builtin.Recipe | None = None
     names: tuple[str, ...] = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
 
 def load(spec: RunSpec) -> Workload:
@@ -95,6 +96,7 @@ def _from_files(spec: RunSpec) -> Workload:
         None,
         train.classes,
         train.columns,
+        train.texts,
     )
 
 
@@ -216,7 +218,7 @@ def from_function(reference: str) -> Workload:
 
 
 def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence[int] | None = None) -> Request:
-    """What to forget and keep. A condition may use a table's numeric columns, and the name of a class.
+    """What to forget and keep. A condition may use any column of a table, and the name of a class.
 
     Raises:
         Refused: as ``expunge.split``, and for data that the task cannot use.
@@ -225,9 +227,8 @@ def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence
     if isinstance(forget, str):
         annotated = workload.train
         for name, values in workload.columns.items():
-            if name not in ("x", "y", "id", "weight"):
-                annotated = annotated.annotate(name, values)
-        chosen = split(annotated, _class_number(forget, workload.names)).forget
+            annotated = annotated.annotate(name, values)  # for this choice only: a column may be called "weight" or "id"
+        chosen = split(annotated, _as_number(forget, workload)).forget
         ids = chosen.ids if chosen is not None else forget
     request = split(workload.train, ids, retain=None if retain is None else list(retain), valid=workload.valid)
     check_request(request, workload.task)
@@ -236,13 +237,22 @@ def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence
     return request
 
 
-def _class_number(condition: str, names: Sequence[str]) -> str:
-    """``label == cat`` as ``label == 3`` where class 3 is called so."""
-    match = _NAMED.match(condition)
-    if match is None or not names or match[3] in ("", *(str(number) for number in range(len(names)))):
+def _as_number(condition: str, workload: Workload) -> str:
+    """``label == cat`` as ``label == 3`` where class 3 is called so; ``name in [Ann, Bob]`` as the numbers of those texts."""
+    match = _CONDITION.match(condition)
+    if match is None:
         return condition
-    if match[3] not in names and match[1] in ("label", "y"):
-        raise Refused(
-            f"no class is called {match[3]!r}{did_you_mean(match[3], names)}; there are {', '.join(names[:20])}"
-        )
-    return f"label {match[2]} {names.index(match[3])}" if match[3] in names else condition
+    column, operator, text = match.groups()
+    texts = column in workload.texts
+    known = workload.texts.get(column, workload.names if column in ("label", "y") else ())
+    values = [part.strip(" '\"") for part in (text.strip("[](){} ").split(",") if operator == "in" else [text])]
+    if texts and operator not in ("==", "!=", "in"):
+        raise Refused(f"the column {column!r} holds text: compare it with ==, != or in, found {condition!r}")
+    numbers = [str(number) for number in range(len(known))]
+    if not known or (not texts and all(value in ("", *numbers) for value in values)):
+        return condition
+    for value in values:
+        if value not in known:
+            said = f"no example has {value!r} in the column {column!r}" if texts else f"no class is called {value!r}"
+            raise Refused(f"{said}{did_you_mean(value, known)}; there are {few(known)}")
+    return f"{column} {operator} [{', '.join(str(known.index(value)) for value in values)}]"

@@ -30,6 +30,7 @@ from expunge.combine import (
     ZerothOrder,
 )
 from expunge.core import Case, Refused
+from expunge.curvature import mean_gradient
 from expunge.descend import Guard
 from expunge.journal import load_tree, save_tree
 from expunge.objectives import EWC, L1, NLL, NPO, Distill, Norm, SimNPO
@@ -193,6 +194,7 @@ def pieces_of_runtime(shard: Callable[[nn.Module], nn.Module] | None, folder: Pa
     both = scope_of(net) & top
     either = top | scope_of(net)
     gradient = sum_gradient(case, NLL(), next(prepared(case, case.request.retain, 7, case.rng)))
+    mean = mean_gradient(case, case.request.retain, NLL(), 7, case.rng)
     damaged = {name: p.detach().clone() for name, p in named.items()}
     if runtime.rank() == runtime.world() - 1:
         runtime.local(damaged["body.weight"])[-1] = torch.nan
@@ -204,6 +206,7 @@ def pieces_of_runtime(shard: Callable[[nn.Module], nn.Module] | None, folder: Pa
         "finite": runtime.finite(named),
         "damaged": runtime.finite(damaged) if shard or runtime.world() == 1 else False,
         "gradient": {n: runtime.whole(g).clone() for n, g in gradient.items()},
+        "mean": {n: runtime.whole(g).clone() for n, g in mean.items()},
         "sum": runtime.batch_sum(torch.full((6 // runtime.world(),), 0.25)),
     }
     edit(case, {"body.weight": torch.full((33, 5), 2.0), "unused.weight": torch.zeros(2, 2)})
@@ -332,6 +335,7 @@ def test_functions_of_runtime_and_scope(kind: str, one: dict[str, Any], two: lis
         for exact in ("level", "count", "either", "finite", "damaged", "sum", "kept sharded"):
             assert found[exact] == expected[exact], exact
         assert apart(found["gradient"], expected["gradient"]) < 1e-5
+        assert apart(found["mean"], expected["mean"]) < 1e-6
         assert torch.equal(found["edited"], expected["edited"])
         assert apart(found["loaded"], expected["loaded"]) == 0
     assert expected["finite"]

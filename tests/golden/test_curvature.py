@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge import curvature
-from expunge.core import Case, Data, Refused, Request
+from expunge.core import Case, Data, Refused, Request, RunFailed
 from expunge.curvature import fisher, mean_gradient, released, woodfisher_exact
 from expunge.data.sources import as_data
 from expunge.objectives import NLL
@@ -187,3 +187,50 @@ def test_released_is_not_the_inverse_that_it_is_named_after() -> None:
     dense = torch.eye(rows.shape[1], dtype=torch.float64) + rows.T @ rows / ROWS
     exact = torch.linalg.solve(dense, flat(vector, case))
     assert float((found - exact).norm() / exact.norm()) > 0.1
+
+
+class Routed(nn.Module):
+    """Each example takes one of two doors, by its own value: cannot be batched, and reaches one door only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([(self.high if float(row[0]) > 0 else self.low)(row) for row in x])
+
+
+def test_examples_that_reach_different_parameters() -> None:
+    data = as_data(inputs())
+    case = Case(Routed(), Request(forget=data), Classification(3), Scope.all(Routed()))
+    found = fisher(case, data, NLL())
+    x, y = inputs()
+    for name, p in case.model.named_parameters():
+        loss = [F.cross_entropy(case.model(a[None]), b[None]) for a, b in zip(x, y, strict=True)]
+        grads = [torch.autograd.grad(value, p, allow_unused=True)[0] for value in loss]
+        expected = sum((g.square() for g in grads if g is not None), start=torch.zeros_like(p)) / ROWS
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_parts_of_an_example_that_are_no_tensors_are_no_obstacle() -> None:
+    """A file name beside the picture, as many data sets yield it; still one batched pass."""
+    x, y = inputs()
+    data = as_data([{"x": a, "y": b, "file": f"{i}.png"} for i, (a, b) in enumerate(zip(x, y, strict=True))])
+    case, plain = setting()
+    torch.testing.assert_close(fisher(case, data, NLL()), fisher(case, plain, NLL()))
+    assert not case.meter.notes
+
+
+def test_a_scope_that_the_loss_does_not_reach_is_named() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    data = as_data(inputs())
+    case = Case(Idle(), Request(forget=data), Classification(3), Scope.match(Idle(), "idle.*"))
+    with pytest.raises(RunFailed, match="depends on none of the 2 parameters in scope"):
+        mean_gradient(case, data, NLL())

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from expunge.audit import Report, Row, Section, audit, compare, write_page
+from expunge.audit import Report, Row, Section, audit, compare, judge, words, write_page
 from expunge.audit.curves import thin
 from expunge.audit.page import render
-from expunge.audit.subject import Reading
+from expunge.audit.subject import Reading, Subject
 from expunge.core import Refused
 from expunge.registry import measures
 from tests.unit.test_audit_measures import answers, retrained_models, subject
@@ -266,3 +267,34 @@ def test_measures_are_registered_with_a_first_line() -> None:
         "test_output_distance",
     ):
         assert (measures()[name].__doc__ or "").splitlines()[0].endswith((".", ";"))
+
+
+def test_a_table_of_120_columns_loses_no_word(report: Report) -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.table())
+    shown = console.export_text()
+    assert "…" not in shown.replace(HOSTILE, "")
+    assert all(word in shown for word in ("retraining", "Membership", "accuracy", "under-forgot"))
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_held_out_models_are_judged_by_the_rule_that_judges_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading that decides nothing for a method flags no retrained model either."""
+    base = subject(answers(2, 1.0))
+    references = retrained_models(3)
+    real = judge.judged
+
+    def stained(subject: Subject, reading: Reading, others: list[Reading]) -> Reading:
+        found = real(subject, reading, others)
+        return replace(found, verdict="over-forgot") if found.name == "attack_confidence" else found
+
+    monkeypatch.setattr(judge, "judged", stained)
+    table = compare(base.before, {}, base.request, base.task, base.test, references, draws=50)
+    assert table.row("retrain").verdict == "within the retrained spread"
+
+
+def test_a_sentence_for_measures_that_disagree() -> None:
+    said = words._said("under-forgot, over-forgot, lost utility", ["a"])
+    assert said == (
+        "a forgot too little by one measure and too much by another and is less right than retrained models on other data."
+    )

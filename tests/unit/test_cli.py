@@ -340,3 +340,42 @@ def test_generated_pages_and_their_check(generate: ModuleType, tmp_path: Path, c
     assert "gone.md is stale" in stale
     assert generate.main(check=False) == 0
     assert generate.main(check=True) == 0
+
+
+def test_without_a_command_it_says_what_there_is_in_one_sentence(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("expunge: say what to do: demo, run, audit, bench, list or explain")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"expunge {expunge.__version__}\n"
+
+
+def test_a_run_without_an_audit_does_not_claim_that_it_forgot(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["run", "run.toml"]) == 0
+    said = capsys.readouterr().out
+    assert "forgot 50" not in said
+    assert "whether it forgot is not known" in said
+
+
+@pytest.mark.parametrize("given", [None, "2"])
+def test_built_in_suites_run_on_one_thread_unless_told_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    (folder / "suite.toml").write_text(RUN.replace('python = "mine.py:everything"', 'suite = "breast_cancer"'))
+    assert main(["run", "suite.toml", "request.forget=[999999]"]) == 2
+    assert asked == ([1] if given is None else [])
+    assert main(["run", "run.toml"]) == 0  # somebody's own model: torch's own choice
+    assert len(asked) == (given is None)
+
+
+def test_a_setting_that_methods_and_audit_share_is_looked_for_in_the_method(
+    folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["run", "run.toml", "lr=1"]) == 2
+    assert "did you mean 'method.lr'" in capsys.readouterr().err
+    assert main(["run", "run.toml", "method.learnrate=1"]) == 2
+    assert "it has lr, momentum" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from expunge.combine import (
     Weighted,
     ZerothOrder,
 )
-from expunge.core import Batch, Case, Grads, Key, Request, RunFailed
+from expunge.core import Batch, Case, Grads, Key, Refused, Request, RunFailed
 from expunge.data.sources import as_data
 from expunge.descend import Descend
 from expunge.objectives import NLL
@@ -303,3 +303,34 @@ def test_a_role_reads_its_next_batch_at_its_own_turns() -> None:
         data = of.request.data(name)
         expected = [data.ids[positions(key.at("order", name), len(data), 4, index)] for index in range(turns)]
         assert torch.equal(torch.stack(objective.seen), torch.stack(expected))
+
+
+def test_shifts_add_up() -> None:
+    """So that one wrapper inside another sees the weights that both have moved."""
+    of = case()
+    shift = {name: torch.full_like(p, 0.01) for name, p in of.scope.parameters(of.model).items()}
+    twice = {name: 2 * value for name, value in shift.items()}
+    with differentiable(of):
+        at = oracle(of).at(shift).at({"0.weight": shift["0.weight"]})
+        both = oracle(of).at({**shift, "0.weight": twice["0.weight"]})
+        assert at.losses["retain"] == pytest.approx(both.losses["retain"], rel=1e-12)
+        assert at.losses["retain"] != pytest.approx(oracle(of).at(shift).losses["retain"], rel=1e-6)
+
+
+def test_sharpness_by_losses_alone_equals_sharpness_by_gradients() -> None:
+    exact = update(case(), SAM(Weighted(), radius=0.3))
+    estimate = update(case(), ZerothOrder(SAM(Weighted(), radius=0.3), mu=1e-6, directions=0))
+    close(estimate, exact, 1e-4)
+
+
+def test_sam_around_turns_that_move_a_part() -> None:
+    """The climb is in all of the scope, the turn in a part of it."""
+    alone = update(case(), Alternate((Turn(("forget",), scope="0.*"),)))
+    found = update(case(), SAM(Alternate((Turn(("forget",), scope="0.*"),)), radius=1e-9))
+    assert found.keys() == alone.keys() == {"0.weight", "0.bias"}
+    close(found, alone, 1e-6)
+
+
+def test_a_turn_of_an_unknown_role_is_refused() -> None:
+    with pytest.raises(Refused, match="'froget'"):
+        update(case(), Alternate((Turn(("froget",)),)))

@@ -249,7 +249,7 @@ def _held_out(subject: Subject) -> Row | None:
     level = floor(subject)
     if level is not None and "average_gap" in readings:
         readings["average_gap"] = replace(readings["average_gap"], value=level.value, low=level.low, high=level.high)
-    flagged = sum(any(r.verdict in judge.FAILURES for r in readings.values()) for readings in each)
+    flagged = sum(any(word in judge.verdict(readings) for word in judge.FAILURES) for readings in each)
     verdict = "" if count < 2 else f"{flagged} of {count} flagged" if flagged else "within the retrained spread"
     record = dict(subject.retrain_records[0]) if subject.retrain_records else {}
     history = tuple(record.pop("history", ()))

@@ -30,16 +30,18 @@ MAIN = (
 
 def table(report: Report, names: tuple[str, ...] = MAIN) -> Table:
     """One line per model: value over its interval, the verdict last. Names stay text, whatever they hold."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     columns = [name for name in words.ordered(report.rows) if name in names]
-    made = Table(title=Text(report.title), caption=Text("value, 95% interval below; retrain: each held out in turn"))
-    made.add_column("model", no_wrap=True)
+    caption = Text("value, 95% interval below; retrain: each held out in turn")
+    made = Table(title=Text(report.title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    made.add_column("model", min_width=9, max_width=18, overflow="fold")
     for name in columns:
         unit = next(row.readings[name].unit for row in report.rows if name in row.readings)
-        made.add_column(Text(words.title(name) + (f" ({unit})" if unit else "")), justify="right")
-    made.add_column("verdict")
+        made.add_column(Text(words.title(name) + (f" ({unit})" if unit else "")), justify="right", overflow="fold")
+    made.add_column("verdict", min_width=12, overflow="fold")
     for row in report.rows:
         cells = [_cell(row.readings.get(name)) for name in columns]
         made.add_row(Text(row.name), *cells, Text(row.verdict or "–"))
@@ -54,4 +56,6 @@ def _cell(reading: Reading | None) -> Text:
     style = {"within": "green", "": "", "above": ""}.get(reading.verdict, "red")
     text = Text(words.number(reading.value, reading.unit), style=style)
     between = words.spread(reading)
+    if "-" not in between:
+        between = between.replace(" to ", "–")  # a line less in each row of a narrow terminal
     return text.append(f"\n{between}", style="dim") if between else text

@@ -148,5 +148,9 @@ def _said(verdict: str, names: Sequence[str]) -> str:
         )
     if verdict == "not judged":
         return f"{who} could not be judged."
-    parts = [phrases[word].format("are" if many else "is") for word in verdict.split(", ") if word in phrases]
+    said = verdict.split(", ")
+    if "under-forgot" in said and "over-forgot" in said:
+        said.remove("over-forgot")
+        phrases["under-forgot"] = "forgot too little by one measure and too much by another"
+    parts = [phrases[word].format("are" if many else "is") for word in said if word in phrases]
     return f"{who} {listing(parts)}." if parts else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
-from expunge.core import Batch, Data, Refused, map_tensors
+from expunge.core import Batch, Data, Key, Refused, map_tensors, own_streams
 from expunge.meter import first_tensor
 
 
@@ -39,6 +39,9 @@ class Tensors:
 class MapStyle:
     """A map-style dataset, read example by example and collated.
 
+    One that draws at random (augmentation) finds the global random streams at a start that the rows asked for decide:
+    the same request gives the same batch, whoever asks and however often, and the caller's streams are left alone.
+
     Args:
         dataset: ``__len__`` and ``__getitem__``.
         names: names of the parts of a tuple example.
@@ -53,13 +56,15 @@ class MapStyle:
 
     def fetch(self, rows: Tensor) -> Batch:
         """The rows as a batch."""
-        return named(self.collate([self.dataset[int(row)] for row in rows]), self.names)
+        numbers = rows.tolist()
+        with own_streams(Key(0).at("rows", *numbers).seed):
+            return named(self.collate([self.dataset[row] for row in numbers]), self.names)
 
 
 def named(batch: Any, names: Sequence[str]) -> Batch:
-    """A collated batch as a mapping of names to tensors."""
+    """A collated batch as a mapping of names to tensors; columns without any (file names, remarks) are left out."""
     if isinstance(batch, Mapping):
-        return {str(name): value for name, value in batch.items()}
+        return {str(name): value for name, value in batch.items() if first_tensor(value) is not None}
     if isinstance(batch, (list, tuple)):
         if len(batch) != len(names):
             raise Refused(
@@ -73,9 +78,10 @@ def named(batch: Any, names: Sequence[str]) -> Batch:
 def _leaves(tree: Batch, prefix: str = "") -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found += _leaves(dict(value), f"{prefix}{name}.")
-        else:
+        if isinstance(value, (Mapping, list, tuple)):
+            inner = value if isinstance(value, Mapping) else {str(place): part for place, part in enumerate(value)}
+            found += _leaves(dict(inner), f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
             found.append((f"{prefix}{name}", value))
     return found
 
@@ -99,7 +105,8 @@ def as_data(value: Any, *, names: Sequence[str] = ("x", "y"), ids: Sequence[int]
     Args:
         value: Data (returned as it is); a tuple of tensors or arrays; a mapping name -> tensor, array or such a
             mapping; a ``TensorDataset``; a map-style dataset yielding tuples or mappings; a ``DataLoader`` over one
-            (its order, sampler and batch size are not used, its ``collate_fn`` is).
+            (its order, sampler and batch size are not used, its ``collate_fn`` is). Columns that hold no numbers (text) are
+            left out.
         names: names of the parts of tuple examples.
         ids: int64 [n], unique; 0 .. n-1 by default.
 
@@ -173,5 +180,8 @@ def fingerprint(data: Data) -> str:
     for batch in part.batches(1024):
         for name, tensor in _leaves(batch):
             digest.update(name.encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:  # a file name, a text: no tensor, but part of the example
+                digest.update(repr(tensor).encode())
     return digest.hexdigest() + ("" if whole else "-sampled")

@@ -13,7 +13,7 @@ from torch import Tensor
 from expunge.core import Batch, Data, Refused, Request
 from expunge.data.sources import as_data
 
-_CONDITION = re.compile(r"^\s*(\w+)\s*(==|!=|<=|>=|<|>|in)\s*(.+?)\s*$")
+_CONDITION = re.compile(r"^\s*(\S.*?)\s*(==|!=|<=|>=|<|>|\bin\b(?=\s*[\[({\d]))\s*(.+?)\s*$")
 
 
 def split(

@@ -28,7 +28,9 @@ class Loaded:
         data: columns ``x`` and ``y``.
         classes: name of each class, in the order of its number; empty where labels are numbers in the file.
         features: name of each input feature of a table; empty elsewhere.
-        columns: name -> [n], the numeric columns of a table as they stand in the file, for conditions on them.
+        columns: name -> [n], every column of a table, left out or not, for conditions: numbers as they stand in the file,
+            text as its place among the values in `texts`.
+        texts: text column of a table -> its values, sorted.
         categories: categorical column of a table -> its values, in the order of their numbers.
     """
 
@@ -36,6 +38,7 @@ class Loaded:
     classes: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
 
@@ -60,7 +63,7 @@ def read_table(
         target: "class": whole numbers as they stand, or text, numbered in sorted order; "number": regression.
         categories: text columns as one 0/1 input per value, or as one whole number.
         ids: a column of whole numbers that name the examples; line numbers from 0 otherwise.
-        drop: columns that are left out.
+        drop: columns that are no inputs (a name, say); a condition may still use them.
         like: what was read of the training data: the same features, categories and classes are used.
 
     Raises:
@@ -82,10 +85,20 @@ def read_table(
     x, features, values = _inputs(frame, inputs, categories, path, like)
     y, classes = _target(frame[label], target, path, like)
     numbers = torch.arange(len(frame)) if ids is None else _whole(frame[ids], ids, path)
-    columns = {
-        name: torch.tensor(frame[name].to_numpy(np.float64)) for name in (*inputs, label) if _numeric(frame[name])
-    }
-    return Loaded(as_data({"x": x, "y": y}, ids=numbers), classes, features, columns, values)
+    columns, texts = _for_conditions(frame, path)
+    return Loaded(as_data({"x": x, "y": y}, ids=numbers), classes, features, columns, texts, values)
+
+
+def _for_conditions(frame: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Every column as numbers, and the values of those that hold text."""
+    columns, texts = {}, {}
+    for name in frame.columns:
+        if _numeric(frame[name]):
+            columns[name] = torch.tensor(frame[name].to_numpy(np.float64))
+        else:
+            numbers, texts[name] = _numbered(frame[name], path, None)
+            columns[name] = torch.from_numpy(numbers)
+    return columns, texts
 
 
 def _frame(path: Path) -> Any:

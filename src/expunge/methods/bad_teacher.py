@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
+
+from torch import nn
 
 from expunge.combine import Weighted
 from expunge.core import Case, Stage
@@ -37,6 +40,7 @@ def bad_teacher(
     steps: Count = 75,
     batch: AtLeastOne = 32,
     norm_stats: Literal["frozen", "live"] = "frozen",
+    make: Callable[[], nn.Module] | None = None,
 ) -> Stage:
     """Pull the model towards an untrained network on the forget data and towards the original on the retain data.
 
@@ -54,9 +58,10 @@ def bad_teacher(
         batch: forget examples, and as many retain examples, per step, >= 1.
         norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout of the student; teachers are
             always in eval mode.
+        make: builds the untrained network; None resets every module of a copy by its own ``reset_parameters``.
 
     Raises:
-        Refused: when the model has a module whose parameters cannot be drawn anew.
+        Refused: without `make`, when the model has a module whose parameters cannot be drawn anew.
 
     The published setting (CIFAR-100, ResNet-18): temperature 1, Adam, lr 1e-4, batch 256, 1 epoch, 30 % of the retain
     set, live statistics.
@@ -74,7 +79,7 @@ def bad_teacher(
 
     def between_two_teachers(case: Case) -> Case:
         key, rng = case.rng.take()
-        untrained = reinitialise(case.model, key.at("untrained"))
+        untrained = reinitialise(case.model, key.at("untrained"), make)
         done = descend(replace(case, rng=rng, teachers={**case.teachers, "untrained": untrained}))
         return replace(done, teachers=case.teachers)
 

@@ -111,6 +111,10 @@ def _threshold(forget: Grads, whole: Grads, share: float) -> float:
 
 
 def _nothing(level: float, part: float, forget: Grads, whole: Grads) -> str:
+    if not any(bool((value > 0).any()) for value in whole.values()):
+        return "no weight was selected, nothing changed: the loss of no example depends on a weight in scope; widen the scope"
+    if level == float("inf"):
+        return "no weight was selected, nothing changed: share is 0; give a larger share, or a threshold"
     if level >= 1.0 / part:
         return (
             f"no weight was selected, nothing changed: the threshold is {level:g}, and since the forget data is "

@@ -1,0 +1,192 @@
+"""``unlearn`` and weights files, as a newcomer meets them: wrong kinds of arguments, odd state dicts, data that draw."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from expunge import Classification, Descend, Refused, RunFailed, load_weights, methods, save_weights, split, unlearn
+from expunge.meter import Meter
+from expunge.objectives import L1, NLL
+from expunge.optim import SGD
+from expunge.scope import Scope
+
+TASK = Classification(3)
+STEPS = Descend(retain=NLL(), optimizer=SGD(0.1), steps=4, batch=8)
+
+
+def model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def arrays() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 4, generator=generator)
+    return x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
+
+
+def weights(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+class Augmented:
+    """Draws from all three global streams, as data sets with augmentation do."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x, y = arrays()
+        noise = 0.1 * torch.randn(4) + float(np.random.rand())
+        return {"x": x[index] + noise, "y": np.int64(y[index]), "file": f"{index}.png"}
+
+
+def test_a_data_set_that_augments_is_repeatable_and_resumable(tmp_path: Path, poisoned_randomness: Any) -> None:
+    request = split(DataLoader(Augmented(), shuffle=True), forget=[1, 2, 3])  # type: ignore[arg-type]
+    runs = [
+        unlearn(model(), request, task=TASK, method=STEPS, out=out) for out in (None, tmp_path / "a", tmp_path / "a")
+    ]
+    assert len({done.record["result"] for done in runs}) == 1
+    first, again = (request.retain.batch(torch.arange(n))["x"] for n in (8, 9))  # type: ignore[union-attr]
+    assert not torch.equal(first, again[:8]), "another batch is augmented in another way"
+
+
+def test_a_data_set_that_cannot_be_read_is_not_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    class Breaks(Augmented):
+        reads = 0
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            Breaks.reads += 1
+            if Breaks.reads > 150:
+                raise FileNotFoundError(2, "No such file", "picture.png")
+            return super().__getitem__(index)
+
+    with pytest.raises(FileNotFoundError, match=r"picture\.png"):
+        unlearn(model(), split(Breaks(), forget=[1]), task=TASK, method=methods.finetune(), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"method": methods.salun}, r"call it, methods\.salun\(\)"),
+        ({"request": arrays()}, "request is a tuple"),
+        ({"task": Classification}, "task is the class Classification"),
+        ({"model": {"state": 1}}, "model is a dict"),
+        (
+            {"scope": Scope({"0.weight": torch.ones(3, 3, dtype=torch.bool)}, ("0.weight",))},
+            r"expected torch.bool of shape \(8, 4\)",
+        ),
+        ({"scope": Scope({"nowhere": True}, ("nowhere",))}, "nowhere"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(changed: dict[str, Any], word: str) -> None:
+    good = {"model": model(), "request": split(arrays(), forget=[1]), "task": TASK, "method": STEPS}
+    with pytest.raises(Refused, match=word):
+        unlearn(**{**good, **changed})
+
+
+def test_a_stage_that_forgets_to_return_its_case() -> None:
+    with pytest.raises(RunFailed, match="the stage returned a NoneType"):
+        unlearn(model(), split(arrays(), forget=[1]), task=TASK, method=lambda case: None)  # type: ignore[arg-type,return-value]
+
+
+def test_a_finished_run_without_a_copy_is_read_into_the_model_itself(tmp_path: Path) -> None:
+    request = split(arrays(), forget=[1])
+    done = unlearn(model(), request, task=TASK, method=STEPS, out=tmp_path, copy=False)
+    given = model()
+    again = unlearn(given, request, task=TASK, method=STEPS, out=tmp_path, copy=False)
+    assert again.model is given
+    assert torch.equal(weights(given), weights(done.model))
+
+
+def test_weights_that_sum_to_nothing_are_refused() -> None:
+    request = split(arrays(), forget=[1])
+    retain = request.retain.annotate("weight", torch.zeros(39))  # type: ignore[union-attr]
+    with pytest.raises(Refused, match="sum to 0"):
+        unlearn(model(), type(request)(request.forget, retain), task=TASK, method="finetune")
+
+
+def test_the_seconds_before_a_kill_are_in_the_checkpoint() -> None:
+    meter = Meter()
+    with meter.timed():
+        time.sleep(0.02)
+        state = meter.state()
+    assert state["seconds"] >= 0.02
+    later = Meter()
+    with later.timed():
+        later.load({**state, "seconds": 100.0})
+    assert 100.0 < later.seconds < 100.02
+
+
+def test_an_l1_norm_of_half_precision_weights_does_not_overflow() -> None:
+    large = nn.Sequential(nn.Linear(4, 3)).half()
+    with torch.no_grad():
+        large[0].weight.fill_(3e4)
+        large[0].bias.fill_(0)
+    x, y = arrays()
+    penalty = Descend(others={"size": L1()}, optimizer=SGD(1.0, 0.0), steps=1)
+    small = (x.half() * 1e-4, y)
+    done = unlearn(large, split(small, forget=[1]), task=TASK, method=penalty)
+    assert done.record["history"][0]["loss/size"] == pytest.approx(3.6e5, rel=1e-3)
+
+
+class Named(nn.Module):
+    """A model whose own attribute is called `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 2)
+
+
+class Temporary(nn.Module):
+    """A buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+
+class Shared(nn.Module):
+    """A layer with buffers in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm1d(2)
+        self.second = self.first
+
+
+class Tied(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("kind", [Named, Temporary, Shared, Tied])
+@pytest.mark.parametrize("change", ["as saved", "of DataParallel", "an alias only"])
+def test_state_dicts_of_every_shape_are_read(kind: type[nn.Module], change: str, tmp_path: Path) -> None:
+    net = kind()
+    with torch.no_grad():
+        for value in net.parameters():
+            value.fill_(3.0)
+    state = dict(net.state_dict())
+    if change == "of DataParallel":
+        state = {f"module.{name}": value for name, value in state.items()}
+    if change == "an alias only" and kind is Tied:
+        del state["first.weight"]
+    torch.save(state, tmp_path / "w.pt")
+    save_weights(net, tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        assert set(weights(load_weights(kind(), tmp_path / name)).tolist()) == {3.0}
