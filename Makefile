@@ -31,10 +31,11 @@ demo: $(CORE) ## forget something real and write the report to out/demo
 test: $(DEV) ## run the tests (ARGS="-m 'not slow'" goes to pytest, WORKERS=4)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
 
-check: $(DEV) ## lint, formatting, types
+check: $(DEV) ## lint, formatting, types, and that no generated page is stale
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+	$(BIN)/python docs/generate.py --check
 
 bench: $(DEV) ## run every benchmark suite, the price of surgery among them (ARGS goes to bench/run.py)
 	$(BIN)/python bench/run.py $(ARGS)

@@ -39,9 +39,9 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "finetune": {"lr": [0.05, 0.2], "steps": [50]},
     "gradient_ascent": {"lr": [2e-4, 4e-4, 1e-3], "steps": [20, 30]},
     "grad_diff": {"lr": [4e-4, 1e-3, 2e-3], "steps": [45], "batch": [32], "forget_weight": [0.05, 0.1]},
-    "random_label": {"lr": [2e-3, 3e-3, 4e-3], "steps": [35, 45], "batch": [32], "retain_weight": [1.0, 2.0]},
+    "random_label": {"lr": [3e-3, 5e-3], "steps": [45, 50], "batch": [32], "retain_weight": [2.0, 3.0, 4.0]},
     "l1_sparse": {"lr": [2e-3, 3e-3, 4e-3], "steps": [50, 60], "alpha": [1e-3, 1.5e-3, 2e-3, 3e-3]},
-    "salun": {"lr": [2e-3, 3e-3, 4e-3], "steps": [35, 45], "batch": [32], "retain_weight": [1.0, 2.0]},
+    "salun": {"lr": [3e-3, 5e-3], "steps": [45], "batch": [32], "retain_weight": [2.0, 3.0, 4.0]},
     "ssd": {"share": [0.03, 0.06, 0.1], "strength": [0.1, 1.0]},
     "scrub": {
         "lr": [7e-4, 1e-3, 2e-3],
@@ -54,7 +54,13 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "influence": {"scale": [2.0, 4.0], "recursion": ["exact"], "samples": [300]},
     "npo": {"lr": [3e-4, 6e-4], "steps": [35, 45], "batch": [32], "beta": [1.0], "retain_weight": [2.0, 5.0]},
     "surgery": {"lr": [0.08, 0.1, 0.15], "tolerance": [-0.5, -1.0], "steps": [25, 32], "max_norm": [1.0, 2.0]},
-    "eupmu": {"lr": [0.2, 0.3], "tolerance": [-0.01, -0.03], "variant": ["implicit", "fast"], "steps": [25, 40]},
+    "eupmu": {
+        "lr": [0.15, 0.2, 0.3],
+        "tolerance": [-0.03, -0.5],
+        "variant": ["fast", "paper"],
+        "max_norm": [1.0, 2.0],
+        "steps": [28],
+    },
 }
 
 

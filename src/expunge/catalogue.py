@@ -38,11 +38,7 @@ def _extra(kind: str, part: Any) -> dict[str, Any]:
 
 def _defaults(part: Any) -> dict[str, Any]:
     found = inspect.signature(part).parameters
-    return {
-        name: value.default
-        for name, value in found.items()
-        if "factory" not in repr(value.default)
-    }
+    return {name: value.default for name, value in found.items() if "factory" not in repr(value.default)}
 
 
 def _suites() -> list[dict[str, Any]]:

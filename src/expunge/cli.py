@@ -166,7 +166,9 @@ def run(
             *record["notes"],
         ]
         if done.report is None:
-            lines.append("whether it forgot is not known: audit.retrained=3 compares it with models retrained without them")
+            lines.append(
+                "whether it forgot is not known: audit.retrained=3 compares it with models retrained without them"
+            )
         _print(*lines, *_report_parts(done.report), *([f"written to {done.folder}"] if done.folder else []))
     return _gated(done.report) if gate else DONE
 
@@ -265,9 +267,15 @@ def explain(method: Annotated[str, typer.Argument(help="A registered method.")],
 
 
 def _gated(report: Report | None) -> int:
-    """Status 3 unless the judged model lies within the retrained spread."""
+    """Status 3 unless the judged model lies within the retrained spread, and this audit could have told otherwise."""
     verdict = next((row.verdict for row in report.rows if row.kind == "method"), "") if report is not None else ""
-    if verdict == PASSED:
+    if verdict == PASSED and report is not None:
+        from expunge.audit.judge import ENOUGH
+
+        if report.facts.get("retrained", 0) < ENOUGH:
+            return _say(f"the gate is closed: fewer than {ENOUGH} retrained models cannot show their own spread", GATED)
+        if report.row("original").verdict == PASSED:
+            return _say("the gate is closed: doing nothing passes as well, so this audit cannot tell", GATED)
         return DONE
     return _say(f"the gate is closed: the audit finds {verdict or 'nothing to judge by'}", GATED)
 

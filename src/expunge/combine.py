@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expunge import gramian, runtime
-from expunge.core import Combiner, Grads, Refused, RunFailed
+from expunge.core import Combiner, Grads, Refused, RunFailed, require
 from expunge.oracle import Diverged, Oracle, Weight
 from expunge.scope import Scope
 
@@ -277,6 +277,9 @@ class ImplicitSurgery:
     protect: str = "retain"
     max_multiplier: float = 100.0
 
+    def __post_init__(self) -> None:
+        require(self.form in ("log", "raw", "paper"), self, "form", "one of 'log', 'raw', 'paper'")
+
     def init(self) -> State:
         return {"w": self.start, "m": 0.0, "v": 0.0, "t": 0, "before": 0.0}
 
@@ -396,6 +399,9 @@ class Turn:
     scope: str | None = None
     combine: Combiner = field(default_factory=Weighted)
 
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, self, "steps", "at least 1")
+
 
 @dataclass(frozen=True)
 class Alternate:
@@ -406,6 +412,9 @@ class Alternate:
     """
 
     turns: tuple[Turn, ...]
+
+    def __post_init__(self) -> None:
+        require(len(self.turns) > 0, self, "turns", "at least one Turn")
 
     def init(self) -> State:
         return {str(i): turn.combine.init() for i, turn in enumerate(self.turns)}
@@ -458,6 +467,9 @@ class Clip:
     inner: Combiner = field(default_factory=Weighted)
     max_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        require(self.max_norm > 0, self, "max_norm", "above 0")
+
     def init(self) -> State:
         return self.inner.init()
 
@@ -491,18 +503,30 @@ class SAM:
     radius: float = 0.05
     along: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        require(self.radius > 0, self, "radius", "above 0")
+
     def init(self) -> State:
         return self.inner.init()
 
     def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
         up = oracle.grad(dict.fromkeys(self.along or tuple(oracle.roles), 1.0))
         norm = math.sqrt(runtime.dot(up, up))
-        moved = oracle.at(runtime.linear((self.radius / (norm + TINY), up)))
+        shift = runtime.linear((self.radius / (norm + TINY), up))
+        moved = oracle.at(shift)
         moved.report = oracle.report
-        return self.inner.combine(moved, state)
+        grads, state = self.inner.combine(moved, state)
+        if hasattr(self.inner, "settle"):
+            state = {**state, "shifts": [*state.get("shifts", []), shift]}
+        return grads, state
 
     def settle(self, after: Oracle, state: State) -> State:
-        return _settle(self.inner, after, state)
+        """The inner combiner compares before and after the step, both at the same move; it is forgotten then."""
+        if not hasattr(self.inner, "settle"):
+            return state
+        *others, shift = state["shifts"]
+        rest = {name: value for name, value in state.items() if name != "shifts"}
+        return _settle(self.inner, after.at(shift), {**rest, "shifts": others} if others else rest)
 
     def clock(self, role: str, step: int) -> int:
         return clock_of(self.inner)(role, step)
@@ -579,6 +603,10 @@ class ZerothOrder:
     inner: Combiner = field(default_factory=Weighted)
     mu: float = 1e-3
     directions: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.mu > 0, self, "mu", "above 0")
+        require(self.directions >= 0, self, "directions", "at least 0")
 
     def init(self) -> State:
         return self.inner.init()

@@ -35,6 +35,12 @@ class Refused(ValueError):
     """Bad input or an unmet need, refused before any work. Exit status 2 on the command line."""
 
 
+def require(good: bool, owner: object, setting: str, wanted: str) -> None:
+    """Refuse a setting of a part (an objective, a combiner) that is out of range, naming part, setting and value."""
+    if not good:
+        raise Refused(f"{type(owner).__name__}: {setting} must be {wanted}, found {getattr(owner, setting)!r}")
+
+
 class RunFailed(RuntimeError):
     """A run that started and could not finish. Exit status 1 on the command line."""
 

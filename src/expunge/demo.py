@@ -66,6 +66,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+TITLE = {"digit": "One digit", "memorised": "Memorised records"}
 INTENT = {
     "digit": "Forget one whole digit: every training record of the {digit}.",
     "memorised": "Forget the tenth of the training records that the model fits but would not predict had it not seen them, "
@@ -99,7 +100,10 @@ def run(out: str | Path = "out/demo", seed: int = 0) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
     reports = {name: report for name, report, _ in compared(seed)}
     summary = summarise(reports, seed)
-    sections = [Section(report.title, report) for report in reports.values()]
+    sections = [
+        Section(report.title, report, f"{INTENT[name].format(digit=DIGIT)} {report.summary}")
+        for name, report in reports.items()
+    ]
     with writing(out):
         write_bytes(out / "summary.json", json.dumps(summary, indent=1).encode())
         write_page(
@@ -135,7 +139,7 @@ def compared(seed: int) -> Any:
                 digits.test,
                 trained.retrained,
                 trained.records,
-                title=f"{name}: {INTENT[name].format(digit=DIGIT)}",
+                title=TITLE[name],
                 names=[str(label) for label in range(10)],
                 key=Key(seed),
             )

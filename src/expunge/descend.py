@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expunge import runtime
 from expunge.combine import Weighted, clock_of
-from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode
+from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode, require
 from expunge.objectives import NLL
 from expunge.optim import SGD, Constant, Optimizer, Schedule
 from expunge.oracle import Diverged, Draws, On, Oracle, differentiable, mean_loss
@@ -151,6 +151,7 @@ class Descend:
                 raise Refused(
                     f"Descend: {what} is {found}; expected one of expunge.{'combine' if what == 'combine' else 'objectives'}"
                 )
+        require(self.norm_stats in ("frozen", "live"), self, "norm_stats", "'frozen' or 'live'")
         named = self.batch if isinstance(self.batch, Mapping) else {}
         for role in named:
             if role not in roles:

@@ -95,7 +95,7 @@ def _streams(seed: int, model: nn.Module | None) -> Iterator[None]:
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in model.state_dict().items()}
+    return {name: value.shape for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
 def _made(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expunge import runtime
-from expunge.core import Batch, Case, Key, Objective, Refused
+from expunge.core import Batch, Case, Key, Objective, Refused, require
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,9 @@ class NPO:
     beta: float = 0.1
     teacher: str = "original"
 
+    def __post_init__(self) -> None:
+        require(self.beta > 0, self, "beta", "above 0")
+
     def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
         """The batch with its reference losses."""
         return with_reference(case, batch, self.teacher)
@@ -123,6 +126,9 @@ class SimNPO:
     beta: float = 2.5
     margin: float = 0.0
 
+    def __post_init__(self) -> None:
+        require(self.beta > 0, self, "beta", "above 0")
+
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         per_unit = case.task.nll(case.model, batch) / case.task.units(batch)
         return -2.0 / self.beta * F.logsigmoid(self.beta * (per_unit - self.margin))
@@ -141,6 +147,9 @@ class Distill:
 
     teacher: str = "original"
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, self, "temperature", "above 0")
 
     def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
         """The batch with the teacher's outputs, computed once per step and without a graph."""

@@ -157,8 +157,9 @@ def resolve(method: str | Stage) -> tuple[str, Stage]:
         raise Refused(
             f"method is a {type(method).__name__}: expected a registered name or a stage (a function of a Case)"
         )
-    for name, spec in methods().items():
-        if method is spec.build:
+    builders: dict[str, Any] = {name: spec.build for name, spec in methods().items()}
+    for name, build in builders.items():
+        if method is build:
             raise Refused(f"method is the function {name} itself: call it, methods.{name}(), to make a stage")
     return getattr(method, "name", type(method).__name__), method
 
@@ -252,6 +253,11 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state dict; a module may keep other things there (``get_extra_state``)."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _identity(
     name: str, stage: Stage, seed: int, model: nn.Module, request: Request, task: Task, scope: Scope
 ) -> dict[str, Any]:
@@ -270,7 +276,7 @@ def _identity(
         "task": described(task),
         "data": data,
         "concepts": list(request.concepts),
-        "weights": hash_tensors(dict(model.state_dict())),
+        "weights": hash_tensors(_tensors(model)),
         "scope": sorted(scope.masks),
         "masks": hash_tensors(masked) if masked else None,
         "revision": revision(),
@@ -377,7 +383,7 @@ def _run(stage: Stage, case: Case) -> Case:
 def _say_if_unchanged(case: Case, before: nn.Module | None) -> None:
     if before is None:
         return
-    old, new = before.state_dict(), case.model.state_dict()
+    old, new = _tensors(before), _tensors(case.model)
     if old.keys() == new.keys() and all(torch.equal(old[n], runtime.whole(new[n])) for n in old):
         case.meter.note("the method changed nothing: the model that comes back is the model that went in")
 
@@ -401,7 +407,7 @@ def _record(
         "paper": found.spec.paper if found is not None else None,
         "promise": found.spec.promise if found is not None else None,
         "examples": sizes,
-        "result": hash_tensors(dict(case.model.state_dict())),
+        "result": hash_tensors(_tensors(case.model)),
         "cost": {"seconds": meter.seconds, **_rows(meter), "peak_bytes": peak_bytes()},
         "machine": {
             "python": platform.python_version(),

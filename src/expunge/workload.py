@@ -225,9 +225,9 @@ def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence
     """
     ids: Any = forget
     if isinstance(forget, str):
-        annotated = workload.train
+        annotated = workload.train  # for this choice only: a column of a table may be called "weight" or "id"
         for name, values in workload.columns.items():
-            annotated = annotated.annotate(name, values)  # for this choice only: a column may be called "weight" or "id"
+            annotated = annotated.annotate(name, values)
         chosen = split(annotated, _as_number(forget, workload)).forget
         ids = chosen.ids if chosen is not None else forget
     request = split(workload.train, ids, retain=None if retain is None else list(retain), valid=workload.valid)

@@ -223,3 +223,41 @@ def test_a_class_is_forgotten_and_the_others_are_kept(variant: str) -> None:
     outcome = ex.unlearn(model, request, task=ex.Classification(10), method=methods.eupmu(variant=variant))
     assert accuracy(outcome.model, request.forget) < 0.2
     assert accuracy(outcome.model, request.retain) > accuracy(model, request.retain) - 0.1
+
+
+@pytest.mark.parametrize("variant", ["implicit", "fast", "paper"])
+@pytest.mark.parametrize(
+    "other", [{"tolerance": 0.5}, {"dual_lr": 0.1}, {"start": 3.0}, {"max_multiplier": 0.5}, {"dual_decay": 0.9}]
+)
+def test_no_option_of_a_variant_is_ignored(variant: str, other: dict[str, float]) -> None:
+    """The released code drops the step size and the tolerance of its fast form."""
+    if variant == "paper" and "dual_decay" in other:
+        return  # declared: of "implicit" and "fast" only
+    model, request = small()
+    good = {"variant": variant, "steps": 6, "batch": 16, "tolerance": 0.0}
+    plain, changed = (
+        [
+            row["multiplier"]
+            for row in ex.unlearn(
+                model, request, task=ex.Classification(3), method=methods.eupmu(**{**good, **extra})
+            ).record["history"]
+        ]
+        for extra in ({}, other)
+    )
+    assert plain != changed
+
+
+@pytest.mark.parametrize("variant", ["implicit", "fast", "paper"])
+def test_gradients_do_not_accumulate_over_steps(variant: str) -> None:
+    """The released classification code does not clear gradients between steps: three small steps would then add up to
+    1 + 2 + 3 first steps instead of 3."""
+    model, request = small()
+    forget = NLL() if variant == "implicit" else Ascent()  # the logarithm wants a positive loss
+    settings = {"variant": variant, "forget": forget, "dual_lr": 1e-9, "lr": 1e-6, "batch": 1000, "max_norm": 1e6}
+    moved = {}
+    for steps in (1, 3):
+        method = methods.eupmu(**settings, steps=steps)
+        done = ex.unlearn(model, request, task=ex.Classification(3), method=method)
+        pairs = zip(done.model.parameters(), model.parameters(), strict=True)
+        moved[steps] = math.sqrt(sum(float((after - before).detach().square().sum()) for after, before in pairs))
+    assert moved[3] == pytest.approx(3 * moved[1], rel=1e-3)

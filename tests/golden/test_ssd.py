@@ -138,3 +138,31 @@ def test_a_class_is_forgotten_and_the_others_are_kept(label: int) -> None:
     assert accuracy(model, request.forget) > 0.9
     assert accuracy(outcome.model, request.forget) < 0.5
     assert accuracy(outcome.model, request.retain) > accuracy(model, request.retain) - 0.05
+
+
+def test_normalisation_weights_are_dampened_and_its_buffers_are_not() -> None:
+    request = small()[1]
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+    stage = methods.ssd(threshold=1.0, rise=1.0)
+    outcome = ex.unlearn(net, request, task=TASK, method=stage, scope=["1.*"])
+    assert not torch.equal(outcome.model[1].weight, net[1].weight)
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, dict(outcome.model.named_buffers())[name])
+
+
+class WithIdle(nn.Module):
+    """A model with a layer that it does not use."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.idle = net, nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_a_scope_that_no_loss_reaches_and_a_share_of_zero_are_said_as_such() -> None:
+    model, request = small()
+    notes = ex.unlearn(WithIdle(model), request, task=TASK, method="ssd", scope=["idle.*"]).notes
+    assert "widen the scope" in notes[0]
+    assert "share is 0" in ex.unlearn(model, request, task=TASK, method=methods.ssd(share=0.0)).notes[0]

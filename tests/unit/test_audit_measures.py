@@ -12,7 +12,7 @@ from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from expunge.audit import judge
+from expunge.audit import distance, judge
 from expunge.audit import report as reporting
 from expunge.audit.accuracy import (
     forget_accuracy,
@@ -35,7 +35,9 @@ from expunge.audit.membership import (
 from expunge.audit.subject import Subject
 from expunge.core import Key, Refused, Request
 from expunge.data.sources import as_data
+from expunge.data.split import split
 from expunge.tasks.classification import Classification
+from expunge.tasks.regression import Regression
 from tests.fixtures import NAMES, retrained, tiny
 
 C, FORGET, RETAIN, TEST = 4, 200, 400, 300
@@ -355,3 +357,11 @@ def test_every_task_can_be_audited(name: str) -> None:
         total, units = float(case.task.nll(case.model, batch).double().sum()), float(case.task.units(batch).sum())
     assert model_loss.value == pytest.approx(total / units, rel=1e-5)
     assert model_loss.low <= model_loss.value <= model_loss.high
+
+
+def test_points_of_a_loss_are_on_the_scale_of_what_is_kept() -> None:
+    """The forgotten targets are all alike: their own variance is 0, and no scale."""
+    targets = torch.cat([torch.full((5,), 9.0), torch.linspace(-1.0, 1.0, 40)])
+    request = split((torch.zeros(45, 2), targets), forget="y > 5")
+    found = Subject(nn.Linear(2, 1), nn.Linear(2, 1), request, Regression())
+    assert distance.chance(found) == pytest.approx(float(targets[5:].double().var(correction=0)) / 2)

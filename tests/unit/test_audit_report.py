@@ -136,13 +136,13 @@ def test_it_says_when_the_request_cannot_show_anything() -> None:
 
 
 def test_it_says_when_references_or_test_data_are_few() -> None:
-    for count, words in (
+    for count, sentence in (
         (0, "No retrained model"),
         (1, "Only 1 retrained model was"),
         (2, "Only 2 retrained models were"),
     ):
         made = audit(subject(answers(1, 0.6), answers(2, 1.0), retrained_models(count)))
-        assert any(words in note for note in made.notes)
+        assert any(sentence in note for note in made.notes)
     assert not any(
         "retrained model" in note
         for note in audit(subject(answers(1, 0.6), None, retrained_models(3))).notes
@@ -229,7 +229,7 @@ def test_the_page_has_every_figure_and_word(page: Page) -> None:
     plots = json.loads(next(script for script in page.scripts if script.startswith('{"plot-0-0"')))
     ids = {attributes.get("id") for _, attributes in page.elements}
     assert plots.keys() <= ids
-    for words in (
+    for wanted in (
         "Gap to retraining",
         "Forget accuracy and retain accuracy",
         "Cost",
@@ -242,7 +242,7 @@ def test_the_page_has_every_figure_and_word(page: Page) -> None:
         "over-forgot",
         "expected of one more",
     ):
-        assert words in page.text
+        assert wanted in page.text
     lines = [trace for plot in plots.values() for trace in plot["data"] if trace.get("mode") == "lines"]
     assert lines
     assert max(len(trace["x"]) for trace in lines) <= 240

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import expunge
-from expunge import catalogue, perform, registry
+from expunge import catalogue, cli, perform, registry
+from expunge.audit.report import Report, Row
 from expunge.cli import main
 from expunge.core import RunFailed
 from expunge.data import builtin
@@ -379,3 +380,17 @@ def test_a_setting_that_methods_and_audit_share_is_looked_for_in_the_method(
     assert "did you mean 'method.lr'" in capsys.readouterr().err
     assert main(["run", "run.toml", "method.learnrate=1"]) == 2
     assert "it has lr, momentum" in capsys.readouterr().err
+
+
+def test_the_gate_stays_closed_where_the_audit_cannot_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    passed = "within the retrained spread"
+
+    def judged(references: int, nothing: str) -> Report:
+        rows = (Row("original", "control", {}, nothing), Row("unlearned", "method", {}, passed))
+        return Report("Audit", rows, facts={"retrained": references})
+
+    assert cli._gated(judged(3, "under-forgot")) == 0
+    assert cli._gated(judged(2, "under-forgot")) == 3
+    assert "fewer than 3" in capsys.readouterr().err
+    assert cli._gated(judged(3, passed)) == 3
+    assert "doing nothing passes as well" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from expunge.combine import (
 from expunge.core import Batch, Case, Grads, Key, Refused, Request, RunFailed
 from expunge.data.sources import as_data
 from expunge.descend import Descend
-from expunge.objectives import NLL
+from expunge.objectives import NLL, NPO, Distill, SimNPO
 from expunge.optim import Adam
 from expunge.oracle import Draws, On, Oracle, differentiable, positions
 from expunge.registry import parts
@@ -334,3 +334,35 @@ def test_sam_around_turns_that_move_a_part() -> None:
 def test_a_turn_of_an_unknown_role_is_refused() -> None:
     with pytest.raises(Refused, match="'froget'"):
         update(case(), Alternate((Turn(("froget",)),)))
+
+
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda: combiners.ImplicitSurgery(form="Log"), "form"),  # type: ignore[arg-type]
+        (lambda: Turn(("forget",), steps=0), "steps"),
+        (lambda: Alternate(()), "turns"),
+        (lambda: Clip(max_norm=0.0), "max_norm"),
+        (lambda: SAM(radius=-1.0), "radius"),
+        (lambda: ZerothOrder(mu=0.0), "mu"),
+        (lambda: NPO(beta=0.0), "beta"),
+        (lambda: SimNPO(beta=-1.0), "beta"),
+        (lambda: Distill(temperature=float("nan")), "temperature"),
+    ],
+)
+def test_a_part_refuses_what_is_out_of_its_range(make: Any, setting: str) -> None:
+    with pytest.raises(Refused, match=f"{setting} must be"):
+        make()
+
+
+def test_sam_lets_implicit_surgery_compare_like_with_like() -> None:
+    """Without a step nothing has changed, so the multiplier must not move: before and after are both at the moved weights."""
+    inner = combiners.ImplicitSurgery(tolerance=0.0, dual_decay=0.0, start=1.0)
+    for combine in (SAM(inner, radius=0.3), Clip(SAM(SAM(inner, radius=0.3), radius=0.1))):
+        of = case()
+        with differentiable(of):
+            look = oracle(of)
+            _, state = combine.combine(look, combine.init())
+            settled = combine.settle(look.again(), state)
+        assert settled["w"] == 1.0
+        assert "shifts" not in settled

@@ -130,6 +130,7 @@ def test_roles_of_one_source_keep_their_own_batch_sizes() -> None:
         ({"accumulate": 0}, "accumulate"),
         ({"steps": -1}, "steps"),
         ({"watch": -1}, "watch"),
+        ({"norm_stats": "Live"}, "norm_stats must be"),
         ({"retain": NPO}, r"give an instance: NPO\(\)"),
         ({"retain": "npo"}, "objective of role 'retain' is 'npo'"),
         ({"combine": PCGrad}, r"give an instance: PCGrad\(\)"),

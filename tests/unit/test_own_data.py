@@ -60,7 +60,9 @@ def test_a_task_with_a_lambda_finds_its_finished_run_again(tmp_path: Path) -> No
     assert run(tmp_path / "out").record == first.record
 
 
-ROWS = [(f"Person {row}", 100 + row, 20.5 + row, 50 + row, "ab"[row % 2], ("no", "yes")[row % 3 == 0]) for row in range(20)]
+ROWS = [
+    (f"Person {row}", 100 + row, 20.5 + row, 50 + row, "ab"[row % 2], ("no", "yes")[row % 3 == 0]) for row in range(20)
+]
 
 
 @pytest.fixture

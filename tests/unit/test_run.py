@@ -190,3 +190,18 @@ def test_state_dicts_of_every_shape_are_read(kind: type[nn.Module], change: str,
     save_weights(net, tmp_path / "w.safetensors")
     for name in ("w.pt", "w.safetensors"):
         assert set(weights(load_weights(kind(), tmp_path / name)).tolist()) == {3.0}
+
+
+def test_a_model_that_keeps_more_than_tensors_in_its_state(tmp_path: Path) -> None:
+    class Counts(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            """Nothing to do."""
+
+    with torch.random.fork_rng():
+        net = Counts(4, 3)
+    for number, stage in enumerate((methods.retrain(epochs=1), methods.bad_teacher(steps=2), STEPS)):
+        done = unlearn(net, split(arrays(), forget=[1]), task=TASK, method=stage, out=tmp_path / str(number))
+    assert not torch.equal(weights(done.model), weights(net))

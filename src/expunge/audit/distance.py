@@ -116,8 +116,12 @@ def floor(subject: Subject, each: bool = False) -> Floor | None:
 
 
 def chance(subject: Subject) -> float:
-    """Absolute loss per unit of knowing nothing: the scale on which losses become points."""
-    batch = next(iter(subject.request.data("forget").batches(subject.batch)))
+    """Absolute loss per unit of knowing nothing: the scale on which losses become points.
+
+    From the retain data where there are any: the targets of what is forgotten may be all alike, which is no scale.
+    """
+    data = subject.request.data("forget" if subject.request.retain is None else "retain")
+    batch = next(iter(data.batches(1024)))
     return max(abs(float(subject.task.chance(batch))), 1e-12)
 
 

@@ -75,13 +75,13 @@ def named(batch: Any, names: Sequence[str]) -> Batch:
     return {names[0]: batch}
 
 
-def _leaves(tree: Batch, prefix: str = "") -> list[tuple[str, Tensor]]:
-    found: list[tuple[str, Tensor]] = []
+def _leaves(tree: Batch, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
     for name, value in tree.items():
         if isinstance(value, (Mapping, list, tuple)):
             inner = value if isinstance(value, Mapping) else {str(place): part for place, part in enumerate(value)}
             found += _leaves(dict(inner), f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
+        else:
             found.append((f"{prefix}{name}", value))
     return found
 
