@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import expunge as ex
-from expunge.combine import FastImplicitSurgery, ImplicitSurgery, OneSidedProjection, PCGrad, UPGrad, Weighted
+from expunge.combine import OneSidedProjection, PCGrad, UPGrad, Weighted
 from expunge.core import Case, Key, Request
+from expunge.implicit import FastImplicitSurgery, ImplicitSurgery
 from expunge.objectives import NLL, RandomLabel
 from expunge.optim import SGD
 from expunge.scope import Scope

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from expunge.data.sources import as_data
     from expunge.data.split import split
     from expunge.descend import Descend, Guard
-    from expunge.run import Outcome, load_weights, save_weights, unlearn
+    from expunge.run import Outcome, unlearn
     from expunge.scope import Scope, edit
     from expunge.tasks.causal_lm import CausalLM
     from expunge.tasks.classification import Classification
     from expunge.tasks.diffusion import Diffusion
     from expunge.tasks.regression import Regression
+    from expunge.weights import load_weights, save_weights
 
 _HOME = {
     "Report": "audit.report",
@@ -41,8 +42,8 @@ _HOME = {
     "Descend": "descend",
     "Guard": "descend",
     "Outcome": "run",
-    "load_weights": "run",
-    "save_weights": "run",
+    "load_weights": "weights",
+    "save_weights": "weights",
     "unlearn": "run",
     "Scope": "scope",
     "edit": "scope",

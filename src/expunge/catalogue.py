@@ -52,7 +52,7 @@ def _suites() -> list[dict[str, Any]]:
 KINDS: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
     "methods": lambda: [method.describe() for method in methods().values()],
     "objectives": lambda: _parts("objectives", parts("objectives")),
-    "combiners": lambda: _parts("combiners", parts("combine")),
+    "combiners": lambda: _parts("combiners", parts("combiners")),
     "measures": lambda: _parts("measures", measures()),
     "tasks": lambda: _parts("tasks", tasks()),
     "suites": _suites,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.combine import Weighted, clock_of
+from expunge.combine import Weighted
+from expunge.compose import clock_of
 from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode, require
 from expunge.objectives import NLL
 from expunge.optim import SGD, Constant, Optimizer, Schedule

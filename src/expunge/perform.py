@@ -15,18 +15,9 @@ from expunge.data.builtin import Recipe, fresh, train_counted
 from expunge.data.sources import fingerprint
 from expunge.journal import write_bytes
 from expunge.progress import progress
-from expunge.run import (
-    RECORD,
-    WEIGHTS,
-    Outcome,
-    check_folder,
-    check_model,
-    load_weights,
-    save_weights,
-    unlearn,
-    writing,
-)
+from expunge.run import RECORD, WEIGHTS, Outcome, check_folder, check_model, unlearn, writing
 from expunge.spec import AuditSection, RunSpec
+from expunge.weights import load_weights, save_weights
 from expunge.workload import Workload, load, request_of
 
 if TYPE_CHECKING:

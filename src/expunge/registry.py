@@ -270,15 +270,24 @@ def measures() -> dict[str, Any]:
     return dict(sorted(_MEASURES.items()))
 
 
-def parts(module: str) -> dict[str, type]:
-    """The public frozen dataclasses that a module defines and that can be called or combine: objectives, combiners."""
-    found = importlib.import_module(f"expunge.{module}")
-    wanted = "combine" if module == "combine" else "__call__"
+_PARTS = {"objectives": (("objectives",), "__call__"), "combiners": (("combine", "implicit", "compose"), "combine")}
+
+
+def parts(kind: str) -> dict[str, type]:
+    """The public frozen dataclasses of a kind, ``objectives`` or ``combiners``, by what they can do."""
+    modules, wanted = _PARTS[kind]
+    found = {}
+    for module in modules:
+        found.update(_public(importlib.import_module(f"expunge.{module}"), wanted))
+    return dict(sorted(found.items()))
+
+
+def _public(module: Any, wanted: str) -> dict[str, type]:
     return {
         name: kind
-        for name, kind in sorted(vars(found).items())
+        for name, kind in vars(module).items()
         if inspect.isclass(kind)
-        and kind.__module__ == found.__name__
+        and kind.__module__ == module.__name__
         and hasattr(kind, "__dataclass_fields__")
         and hasattr(kind, wanted)
         and not name.startswith("_")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import copy as copying
 import errno
-import hashlib
 import json
 import os
 import platform
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from expunge import runtime
@@ -29,6 +25,7 @@ from expunge.meter import Meter, peak_bytes
 from expunge.registry import Bound, check_needs, find, methods
 from expunge.scope import Scope
 from expunge.version import __version__, revision
+from expunge.weights import hash_tensors, load_weights, read_tensors, save_weights, tensors_of
 
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
@@ -243,21 +240,6 @@ def _scope(model: nn.Module, scope: Scope | Sequence[str] | None) -> Scope:
     return found
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """blake2b of names, shapes and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        value = runtime.whole(tensors[name].detach()).cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the state dict; a module may keep other things there (``get_extra_state``)."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
 def _identity(
     name: str, stage: Stage, seed: int, model: nn.Module, request: Request, task: Task, scope: Scope
 ) -> dict[str, Any]:
@@ -276,7 +258,7 @@ def _identity(
         "task": described(task),
         "data": data,
         "concepts": list(request.concepts),
-        "weights": hash_tensors(_tensors(model)),
+        "weights": hash_tensors(tensors_of(model)),
         "scope": sorted(scope.masks),
         "masks": hash_tensors(masked) if masked else None,
         "revision": revision(),
@@ -366,7 +348,7 @@ def _rebuilt(stage: Stage, model: nn.Module, weights: Path) -> nn.Module:
         if isinstance(part, Bound):
             model = _rebuilt(part.stage, model, weights)
         elif hasattr(part, "rebuilt"):
-            model = part.rebuilt(model, _read_tensors(weights))
+            model = part.rebuilt(model, read_tensors(weights))
     return model
 
 
@@ -383,7 +365,7 @@ def _run(stage: Stage, case: Case) -> Case:
 def _say_if_unchanged(case: Case, before: nn.Module | None) -> None:
     if before is None:
         return
-    old, new = _tensors(before), _tensors(case.model)
+    old, new = tensors_of(before), tensors_of(case.model)
     if old.keys() == new.keys() and all(torch.equal(old[n], runtime.whole(new[n])) for n in old):
         case.meter.note("the method changed nothing: the model that comes back is the model that went in")
 
@@ -407,7 +389,7 @@ def _record(
         "paper": found.spec.paper if found is not None else None,
         "promise": found.spec.promise if found is not None else None,
         "examples": sizes,
-        "result": hash_tensors(_tensors(case.model)),
+        "result": hash_tensors(tensors_of(case.model)),
         "cost": {"seconds": meter.seconds, **_rows(meter), "peak_bytes": peak_bytes()},
         "machine": {
             "python": platform.python_version(),
@@ -419,86 +401,3 @@ def _record(
         "notes": list(meter.notes),
         "history": list(meter.history),
     }
-
-
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write parameters and buffers as safetensors, under canonical names (tied weights once), whole or not at all.
-
-    With several processes each must call it; the first one writes.
-    """
-    tensors = {
-        name: runtime.whole(t.detach()).cpu().contiguous()
-        for name, t in (*model.named_parameters(), *model.named_buffers())
-    }
-    runtime.on_first(lambda: write_bytes(Path(path), save(tensors, metadata={"format": "pt"})))
-
-
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Read weights into a model, in place. Never runs code from the file.
-
-    Args:
-        model: of the architecture that the weights belong to.
-        path: a ``.safetensors`` file, or a ``.pt``/``.pth`` state dict, which is read with ``weights_only=True``.
-
-    Raises:
-        Refused: for a file that is missing, damaged, holds more than tensors, or does not fit the model.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise Refused(f"there is no weights file {path}")
-    tensors = _read_tensors(path)
-    wanted = dict(model.named_parameters()) | dict(model.named_buffers())
-    tensors = _canonical(model, tensors, wanted)
-    saved = model.state_dict().keys()  # buffers that are not saved with a model may be absent
-    missing = [name for name in wanted if name in saved and name not in tensors]
-    unknown = [name for name in tensors if name not in wanted]
-    if missing or unknown:
-        raise Refused(
-            f"{path} does not fit the model: "
-            + "; ".join(
-                f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                for what, names in (("missing", missing), ("unknown", unknown))
-                if names
-            )
-        )
-    wanted = {name: target for name, target in wanted.items() if name in tensors}
-    for name, target in wanted.items():
-        if tensors[name].shape != target.shape:
-            raise Refused(
-                f"{path} does not fit the model: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
-            )
-    with torch.no_grad():
-        for name, target in wanted.items():
-            target.copy_(runtime.shard_like(tensors[name], target))
-    return model
-
-
-def _canonical(model: nn.Module, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under canonical names: what is tied or shared has several, of which a file may hold any."""
-    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    names = {id(value): name for name, value in wanted.items()}
-    aliases = {name: names[id(value)] for name, value in every}
-    if not any(name in aliases for name in tensors):  # as DataParallel and DistributedDataParallel save them
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    found = {aliases[name]: value for name, value in tensors.items() if name in aliases}
-    return found | {name: value for name, value in tensors.items() if name not in aliases or name in wanted}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise Refused(f"{path} is not a whole safetensors file ({error})") from error
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of a file that is about to be refused, or is safe
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for pickles that hold more than tensors
-        raise Refused(
-            f"{path} is not a plain file of tensors: loading a pickle could run code, so it is refused; save the "
-            f"state dict as safetensors"
-        ) from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise Refused(f"{path} holds no state dict: expected a mapping of names to tensors")
-    return found

@@ -290,7 +290,7 @@ def _part(name: str, value: Any) -> Any:
     """A setting; a table with a name is a part (objective, combiner, optimizer) with its own settings."""
     if not isinstance(value, dict):
         return tuple(value) if isinstance(value, list) else value
-    known = {**parts("objectives"), **parts("combine")}
+    known = {**parts("objectives"), **parts("combiners")}
     kind = find("part", str(value.get("name", "")), known)
     settings = {key: _part(key, inner) for key, inner in value.items() if key != "name"}
     fields = [field for field, info in kind.__dataclass_fields__.items() if info.init]

@@ -21,8 +21,9 @@ from expunge.data.sources import as_data
 from expunge.data.split import split
 from expunge.data.tables import Loaded, Target, few
 from expunge.registry import did_you_mean
-from expunge.run import check_request, load_weights
+from expunge.run import check_request
 from expunge.spec import DataSection, RunSpec
+from expunge.weights import load_weights
 
 _CONDITION = re.compile(r"^\s*(\S.*?)\s*(==|!=|<=|>=|<|>|\bin\b(?=\s*[\[({]))\s*(.+?)\s*$")
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from expunge import Classification, RunFailed, Scope, registry, split
-from expunge.combine import SAM, Alternate, Clip, ImplicitSurgery, OfMeans, Turn, Weighted, ZerothOrder, clock_of
+from expunge.combine import OfMeans, Weighted
+from expunge.compose import SAM, Alternate, Clip, Turn, ZerothOrder, clock_of
 from expunge.core import Batch, Case, Combiner, Grads, Key
+from expunge.implicit import ImplicitSurgery
 from expunge.objectives import NLL, SimNPO
 from expunge.oracle import Draws, On, Oracle
 
-KINDS = registry.parts("combine")
+KINDS = registry.parts("combiners")
 KINDS.pop("Turn", None)
 TURNS = Alternate((Turn(("forget", "retain")),))
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -18,26 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from expunge import Classification, Descend, RunFailed, Scope, registry, runtime, split, unlearn
-from expunge.combine import (
-    SAM,
-    Alternate,
-    Clip,
-    ImplicitSurgery,
-    OfMeans,
-    OneSidedProjection,
-    Turn,
-    Weighted,
-    ZerothOrder,
-)
+from expunge.combine import OfMeans, OneSidedProjection, Weighted
+from expunge.compose import SAM, Alternate, Clip, Turn, ZerothOrder
 from expunge.core import Case, Refused
 from expunge.curvature import mean_gradient
 from expunge.descend import Guard
+from expunge.implicit import ImplicitSurgery
 from expunge.journal import load_tree, save_tree
 from expunge.objectives import EWC, L1, NLL, NPO, Distill, Norm, SimNPO
 from expunge.optim import SGD, AdamW
 from expunge.oracle import prepared, sum_gradient
-from expunge.run import load_weights, save_weights
 from expunge.scope import edit
+from expunge.weights import load_weights, save_weights
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +88,7 @@ def combiners() -> dict[str, Any]:
         "ZerothOrder": {"directions": ZerothOrder(Weighted(), mu=0.5, directions=3)},
     }
     cases: dict[str, Any] = {}
-    for name, kind in registry.parts("combine").items():
+    for name, kind in registry.parts("combiners").items():
         if name == "Turn":
             continue
         for label, combiner in shaped.get(name, {"": None}).items():
@@ -314,7 +306,7 @@ def test_guard_stops_both_processes_at_the_same_step(one: dict[str, Any]) -> Non
 
 def test_every_combiner_is_run() -> None:
     run = {name.split()[0] for name in combiners()}
-    assert run == set(registry.parts("combine")) - {"Turn"}
+    assert run == set(registry.parts("combiners")) - {"Turn"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from expunge import Classification, Descend, Guard, Refused, chain, edit, journal, registry, split, unlearn
-from expunge.combine import Alternate, ImplicitSurgery, Turn
+from expunge.compose import Alternate, Turn
 from expunge.core import Case, Stage
 from expunge.descend import _Run
+from expunge.implicit import ImplicitSurgery
 from expunge.objectives import NLL, Distill, RandomLabel, SimNPO
 from expunge.optim import SGD, Adam, AdamW, Cosine
 from expunge.run import Outcome

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import expunge as ex
 from expunge import methods
-from expunge.combine import Clip, FastImplicitSurgery, ImplicitSurgery
+from expunge.compose import Clip
 from expunge.core import Batch, Case, Key, Refused
+from expunge.implicit import FastImplicitSurgery, ImplicitSurgery
 from expunge.objectives import NLL, Ascent
 from expunge.oracle import Draws, On, Oracle, differentiable
 from expunge.registry import methods as registered

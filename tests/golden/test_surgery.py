@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import expunge as ex
 from expunge import methods
-from expunge.combine import Clip, OneSidedProjection, Weighted
+from expunge.combine import OneSidedProjection, Weighted
+from expunge.compose import Clip
 from expunge.core import Batch, Case, Key, Refused
 from expunge.objectives import NLL, RandomLabel
 from expunge.optim import SGD

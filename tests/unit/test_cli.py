@@ -237,7 +237,7 @@ def test_list_names_everything_there_is(
     monkeypatch.chdir(ROOT)
     entries = printed_json(capsys, "list", kind)
     names = {"methods": registry.methods, "measures": registry.measures, "tasks": registry.tasks}
-    names |= {"objectives": lambda: registry.parts("objectives"), "combiners": lambda: registry.parts("combine")}
+    names |= {"objectives": lambda: registry.parts("objectives"), "combiners": lambda: registry.parts("combiners")}
     found = [entry["name"] for entry in entries]  # type: ignore[index]
     assert set(found) >= set(names.get(kind, lambda: builtin.SUITES)())
     assert all(entry["summary"] for entry in entries)  # type: ignore[index]

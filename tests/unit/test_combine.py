@@ -11,21 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expunge import combine as combiners
-from expunge.combine import (
-    SAM,
-    Alternate,
-    Clip,
-    FastImplicitSurgery,
-    OfMeans,
-    OneSidedProjection,
-    Turn,
-    Weighted,
-    ZerothOrder,
-)
+from expunge import combine, compose, implicit
+from expunge.combine import OfMeans, OneSidedProjection, Weighted
+from expunge.compose import SAM, Alternate, Clip, Turn, ZerothOrder
 from expunge.core import Batch, Case, Grads, Key, Refused, Request, RunFailed
 from expunge.data.sources import as_data
 from expunge.descend import Descend
+from expunge.implicit import FastImplicitSurgery, ImplicitSurgery
 from expunge.objectives import NLL, NPO, Distill, SimNPO
 from expunge.optim import Adam
 from expunge.oracle import Draws, On, Oracle, differentiable, positions
@@ -117,9 +109,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(parts("combine")))
+@pytest.mark.parametrize("name", list(parts("combiners")))
 def test_an_update_does_not_depend_on_the_cut_into_pieces(name: str) -> None:
-    made = parts("combine")[name](**SETTINGS.get(name, {}))
+    made = parts("combiners")[name](**SETTINGS.get(name, {}))
     whole = update(case(), made, 1, steps=3)
     assert float(flat(whole).norm()) > 1e-3
     for accumulate in (math.ceil(13 / 5), 13):  # pieces of 5 examples and of 1
@@ -127,8 +119,15 @@ def test_an_update_does_not_depend_on_the_cut_into_pieces(name: str) -> None:
 
 
 def test_every_combiner_is_found() -> None:
-    here = {n: kind for n, kind in vars(combiners).items() if getattr(kind, "__module__", "") == combiners.__name__}
-    assert set(parts("combine")) == {n for n, kind in here.items() if "combine" in vars(kind) and not n.startswith("_")}
+    here = {
+        name: kind
+        for module in (combine, compose, implicit)
+        for name, kind in vars(module).items()
+        if getattr(kind, "__module__", "") == module.__name__
+    }
+    assert set(parts("combiners")) == {
+        name for name, kind in here.items() if "combine" in vars(kind) and not name.startswith("_")
+    }
 
 
 def test_weighted_is_the_gradient_of_the_weighted_sum() -> None:
@@ -339,7 +338,7 @@ def test_a_turn_of_an_unknown_role_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "setting"),
     [
-        (lambda: combiners.ImplicitSurgery(form="Log"), "form"),  # type: ignore[arg-type]
+        (lambda: ImplicitSurgery(form="Log"), "form"),  # type: ignore[arg-type]
         (lambda: Turn(("forget",), steps=0), "steps"),
         (lambda: Alternate(()), "turns"),
         (lambda: Clip(max_norm=0.0), "max_norm"),
@@ -357,12 +356,12 @@ def test_a_part_refuses_what_is_out_of_its_range(make: Any, setting: str) -> Non
 
 def test_sam_lets_implicit_surgery_compare_like_with_like() -> None:
     """Without a step nothing has changed, so the multiplier must not move: before and after are both at the moved weights."""
-    inner = combiners.ImplicitSurgery(tolerance=0.0, dual_decay=0.0, start=1.0)
-    for combine in (SAM(inner, radius=0.3), Clip(SAM(SAM(inner, radius=0.3), radius=0.1))):
+    inner = ImplicitSurgery(tolerance=0.0, dual_decay=0.0, start=1.0)
+    for combiner in (SAM(inner, radius=0.3), Clip(SAM(SAM(inner, radius=0.3), radius=0.1))):
         of = case()
         with differentiable(of):
             look = oracle(of)
-            _, state = combine.combine(look, combine.init())
-            settled = combine.settle(look.again(), state)
+            _, state = combiner.combine(look, combiner.init())
+            settled = combiner.settle(look.again(), state)
         assert settled["w"] == 1.0
         assert "shifts" not in settled

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from expunge.combine import Clip, FastImplicitSurgery, ImplicitSurgery
+from expunge.compose import Clip
 from expunge.core import Combiner, Objective, Stage
 from expunge.descend import Descend, Guard
+from expunge.implicit import FastImplicitSurgery, ImplicitSurgery
 from expunge.objectives import NLL, RandomLabel
 from expunge.optim import SGD
 from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, method

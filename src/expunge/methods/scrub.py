@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import ceil
 from typing import Literal
 
-from expunge.combine import Alternate, Turn, Weighted
+from expunge.combine import Weighted
+from expunge.compose import Alternate, Turn
 from expunge.core import Case, Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, Ascent, Distill

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from expunge.combine import Clip, OneSidedProjection
+from expunge.combine import OneSidedProjection
+from expunge.compose import Clip
 from expunge.core import Objective, Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, RandomLabel
