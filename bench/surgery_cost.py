@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -50,7 +49,7 @@ class Block(nn.Module):
 
 
 def network(width: int = 16) -> nn.Module:
-    """A residual network of 0.2 M parameters for 32 x 32 inputs."""
+    """A residual network of 78,000 parameters for 32 x 32 inputs."""
     torch.manual_seed(SEED)
     return nn.Sequential(
         nn.Conv2d(3, width, 3, 1, 1),
@@ -166,9 +165,15 @@ def _own_memory(name: str) -> None:
 
     run = VARIANTS[name]()
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak that importing left behind
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     run()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_peak_kib() - before) / 1024)
+
+
+def _peak_kib() -> int:
+    """Peak resident memory of this process alone; what getrusage says includes the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
