@@ -331,6 +331,18 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+@contextlib.contextmanager
+def lent_stream(key: Key) -> Iterator[None]:
+    """Lend the global random stream a seed of our own, then give it back as it was.
+
+    For models that draw by themselves (dropout, a sampling layer): nothing of expunge draws from it.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(key.at("model").seed)
+        yield
+
+
 @dataclass(frozen=True)
 class Chain:
     """Stages one after the other. Nested chains are flattened: chain(a, chain(b, c)) is chain(a, b, c) to the bit."""
@@ -341,7 +353,8 @@ class Chain:
         if case.journal is not None:
             return case.journal.run(self.stages, case)
         for stage in self.stages:
-            case = stage(case)
+            with lent_stream(case.rng):
+                case = stage(case)
         return case
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from expunge import runtime
 from expunge.combine import Weighted
 from expunge.compose import clock_of
-from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode, require
+from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode, lent_stream, require
 from expunge.objectives import NLL
 from expunge.optim import SGD, Constant, Optimizer, Schedule
 from expunge.oracle import Diverged, Draws, On, Oracle, differentiable, mean_loss
@@ -124,9 +125,13 @@ class Descend:
                 "norm_stats='live' with several processes is refused: each would see the batch statistics of its own "
                 "rows; use norm_stats='frozen'"
             )
-        for _role, on in roles.items():
-            if on.source is not None:
-                case.request.data(on.source)
+        for role, on in roles.items():
+            alone = on.source is not None and min(self.size(role), len(case.request.data(on.source))) == 1
+            if alone and self.norm_stats == "live" and any(isinstance(m, _BatchNorm) for m in case.model.modules()):
+                raise Refused(
+                    f"norm_stats='live' with one example per batch (role {role!r}) is refused: BatchNorm has no "
+                    f"statistics of one example; use a larger batch or norm_stats='frozen'"
+                )
         if self.steps is not None:
             return self.steps
         reading = [(role, on.source) for role, on in roles.items() if on.source is not None]
@@ -259,15 +264,9 @@ class _Run:
                 self.state = settle(after, self.state)
         self._record(oracle, after)
 
-    @contextlib.contextmanager
-    def _noise(self) -> Any:
-        """Dropout in live mode draws from the global stream: lend it one that is a function of the step, then give it back."""
-        if not self._live:
-            yield
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(self.key.at("noise", self.step).seed)
-            yield
+    def _noise(self) -> contextlib.AbstractContextManager[None]:
+        """What the model draws by itself is a function of the step, so that a resumed run draws the same."""
+        return lent_stream(self.key.at("noise", self.step))
 
     def _record(self, oracle: Oracle, after: Oracle) -> None:
         row = {"step": float(self.step), "lr": oracle.lr}
@@ -381,7 +380,7 @@ class _Watch:
 
     def _loss(self) -> float:
         assert self.data is not None
-        with self.case.meter.checking(), eval_mode(self.case.model):
+        with self.case.meter.checking(), eval_mode(self.case.model), lent_stream(self.key):
             return mean_loss(self.case, self.data, NLL(), min(256, len(self.data)), self.key)
 
     def state(self) -> dict[str, Any]:

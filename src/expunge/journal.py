@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from expunge.core import Case, Chain, Data, Key, Refused, Request, Stage
+from expunge.core import Case, Chain, Data, Key, Refused, Request, Stage, lent_stream
 from expunge.scope import Scope
 
 
@@ -163,7 +163,8 @@ class Journal:
         """Run stages, writing the Case at each one's entry; continue where an earlier run of the same was killed."""
         if self._stage >= 0:  # a chain inside a stage: its stages are re-run from the outer stage's entry
             for stage in stages:
-                case = stage(case)
+                with lent_stream(case.rng):
+                    case = stage(case)
             return case
         stages = _flat(stages)
         self._roots = _named(case.request)
@@ -182,7 +183,8 @@ class Journal:
                     tree = _save_case(case, self._roots, structure) if case.task is task else None
                     if tree is not None:
                         save_tree(path, {"stage": number, "case": tree})
-                case = stages[number](case)
+                with lent_stream(case.rng):
+                    case = stages[number](case)
             return case
         finally:
             self._stage = -1

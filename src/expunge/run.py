@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Case, Chain, Key, Refused, Request, RunFailed, Stage, Task, chain, eval_mode
+from expunge.core import Case, Chain, Key, Refused, Request, RunFailed, Stage, Task, chain, eval_mode, lent_stream
 from expunge.data.sources import fingerprint
 from expunge.data.split import disjoint
 from expunge.journal import CannotWrite, Journal, described, sweep, write_bytes
@@ -207,7 +207,7 @@ def check_model(model: nn.Module, request: Request, task: Task) -> None:
         runtime.to_device(data.batch(torch.arange(min(2, len(data)))), runtime.device_of(model)), Key(0)
     )
     try:
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), eval_mode(model), lent_stream(Key(0)):
             loss = task.nll(model, batch)
     except Refused:
         raise

@@ -167,3 +167,37 @@ def test_adam_in_float16_is_refused_not_run_into_nan() -> None:
     half = split((torch.ones(9, 4, dtype=torch.float16), torch.zeros(9).long()), forget=[0])
     with pytest.raises(Refused, match="float32 or bfloat16"):
         run(model().half(), Descend(retain=NLL(), optimizer=Adam(), steps=1), data=half)
+
+
+class _Noisy(nn.Module):
+    """Draws in eval mode too, as a sampling layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_model_that_draws_by_itself_leaves_the_global_stream_and_repeats_to_the_bit() -> None:
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    request = split((x, torch.arange(40) % 3), forget=range(10))
+    model = _Noisy()
+    found = []
+    for poison in (1, 2):
+        torch.manual_seed(poison)
+        before = torch.get_rng_state()
+        done = unlearn(model, request, task=Classification(3), method="salun", seed=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(done.record["result"])
+    assert found[0] == found[1]
+
+
+def test_live_normalisation_of_single_examples_is_refused() -> None:
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    request = split((x, torch.arange(40) % 3), forget=range(10))
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    stage = Descend(retain=NLL(), steps=2, batch=1, norm_stats="live")
+    with pytest.raises(Refused, match="one example per batch"):
+        unlearn(model, request, task=Classification(3), method=stage)

@@ -67,4 +67,5 @@ def surgery(
         steps=steps,
         batch=batch,
         guard=Guard(),
+        watch=10,
     )
