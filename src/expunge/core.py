@@ -333,14 +333,21 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def lent_stream(key: Key) -> Iterator[None]:
-    """Lend the global random stream a seed of our own, then give it back as it was.
+    """Lend torch's global random stream a seed of our own, then give it back as it was; cheap enough for every step.
 
     For models that draw by themselves (dropout, a sampling layer): nothing of expunge draws from it.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(key.at("model").seed)
+    seed, state = key.at("model").seed, torch.default_generator.get_state()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would format a stack trace for a GPU it has not
+    if cuda is not None:
+        torch.cuda.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
 
 
 @dataclass(frozen=True)
