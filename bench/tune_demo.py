@@ -2,8 +2,9 @@
 
 Only the demo's training records are used, split again; its test set and its retrained models are never seen. For each
 method every setting of a small grid is run on all tuning requests; the one with the smallest mean share of do-nothing's
-average gap wins. Writes ``bench/results/demo_settings.json``, which the demo's table of settings is copied from (a test
-holds the two together).
+average gap, among those that differentiate few enough rows, wins. Writes ``bench/results/demo_settings.json``, which the
+demo's table of settings is copied from (a test holds the two together). Naming methods searches those alone and keeps the
+other rows of the file: its revision is that of the last search, and an older row may come from a wider grid.
 """
 
 from __future__ import annotations
