@@ -117,7 +117,8 @@ def _shown(value: Any) -> Any:
 
 _METHODS: dict[str, Method] = {}
 _TASKS: dict[str, type] = {}
-_MEASURES: dict[str, type] = {}
+_MEASURES: dict[str, Any] = {}
+_ASKED: set[str] = set()
 
 
 def method(
@@ -234,10 +235,22 @@ def task(kind: type) -> type:
     return kind
 
 
-def measure(kind: Any) -> Any:
-    """Register a Measure (a class or function) under its name."""
-    _MEASURES[getattr(kind, "name", kind.__name__)] = kind
-    return kind
+def measure(kind: Any = None, *, asked: bool = False) -> Any:
+    """Register a Measure (a class or function) under its name.
+
+    Args:
+        kind: the measure; ``@measure`` and ``@measure(asked=True)`` both work.
+        asked: it trains, attacks or is slow, and runs only where an audit asks for it by name (``also=``).
+    """
+
+    def register(kind: Any) -> Any:
+        name = getattr(kind, "name", kind.__name__)
+        _MEASURES[name] = kind
+        if asked:
+            _ASKED.add(name)
+        return kind
+
+    return register if kind is None else register(kind)
 
 
 def _discover(package: str, group: str) -> None:
@@ -265,9 +278,22 @@ def tasks() -> dict[str, type]:
 
 @functools.cache
 def measures() -> dict[str, Any]:
-    """name -> Measure, sorted."""
-    _discover("expunge.audit", "expunge.measures")
+    """name -> Measure, sorted: those of every audit, and those that run only where they are asked for."""
+    for package in ("expunge.audit", "expunge.attacks", "expunge.challenges"):
+        _discover(package, "expunge.measures")
     return dict(sorted(_MEASURES.items()))
+
+
+def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
+    """The measures of every audit, and those of the others that are named; "all" names every one.
+
+    Raises:
+        Refused: for a name that is no measure, with the nearest one.
+    """
+    every, named = measures(), set(also)
+    for name in named - {"all"}:
+        find("measure", name, every)
+    return {name: kind for name, kind in every.items() if name not in _ASKED or name in named or "all" in named}
 
 
 _PARTS = {"objectives": (("objectives",), "__call__"), "combiners": (("combine", "implicit", "compose"), "combine")}

@@ -29,11 +29,13 @@ ORDER: list[set[str]] = [
     {"runtime", "gramian", "optim", "registry", "data", "tasks", "data.sources"},
     {"scope", "criteria", "data.split", "data.tables"},
     {"oracle", "journal", "tasks.*", "data.files"},
-    {"audit.*", "objectives", "combine", "curvature", "edits", "weights", "wrap", "reference", "shards"},
+    {"weights", "store"},
+    {"audit.*", "objectives", "combine", "curvature", "edits", "wrap", "reference", "shards"},
     {"saliency", "guarded", "compose", "implicit"},
     {"descend"},
-    {"methods.*", "data.builtin"},
+    {"methods.*", "data.builtin", "attacks.*", "guarantees.*"},
     {"run"},
+    {"challenges.*", "references"},
     {"spec", "demo"},
     {"workload"},
     {"perform"},
@@ -41,8 +43,11 @@ ORDER: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-SIBLINGS = {"tasks", "audit"}  # packages whose modules may import one another
-AUDIT_SEES = {"core", "runtime", "oracle", "registry", "journal", "version", "meter", "progress"}
+SIBLINGS = {"tasks", "audit", "attacks", "challenges", "guarantees"}  # packages whose modules may import one another
+AUDIT_SEES = {
+    *("core", "runtime", "oracle", "registry", "journal", "version", "meter", "progress"),
+    *("store", "weights", "data.sources"),
+}
 OPTIONAL = {"transformers", "peft", "diffusers"}
 NEAR_MODELS = {"wrap"}  # besides tasks/
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
 from expunge.audit import intervals
-from expunge.audit.subject import Outputs, Reading, Subject
+from expunge.audit.subject import Model, Outputs, Reading, Subject
 from expunge.registry import measure
 
 
@@ -64,14 +63,14 @@ def metrics(subject: Subject) -> tuple[str, ...]:
     return tuple(name for data, name in wanted if subject.has(data))
 
 
-def points(subject: Subject, model: nn.Module) -> np.ndarray:
+def points(subject: Subject, model: Model) -> np.ndarray:
     """[metrics] in points."""
     return subject.cache.get(
         model, "points", lambda: np.array([_point(subject, model, name) for name in metrics(subject)])
     )
 
 
-def resampled(subject: Subject, model: nn.Module) -> np.ndarray:
+def resampled(subject: Subject, model: Model) -> np.ndarray:
     """[draws, metrics] in points; the same examples in each draw for every model."""
     return subject.cache.get(
         model, "resampled", lambda: np.stack([_samples(subject, model, name) for name in metrics(subject)], axis=1)
@@ -139,7 +138,7 @@ def jensen_shannon(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.sqrt(np.clip(divergence, 0.0, 1.0))
 
 
-def _point(subject: Subject, model: nn.Module, name: str) -> float:
+def _point(subject: Subject, model: Model, name: str) -> float:
     if name == "membership_auc":
         found = subject.outputs("forget", model).membership
         return 100 * intervals.auc(found, subject.outputs("test", model).membership)
@@ -149,7 +148,7 @@ def _point(subject: Subject, model: nn.Module, name: str) -> float:
     return 100 * float(np.average(outputs.loss, weights=outputs.units)) / chance(subject)
 
 
-def _samples(subject: Subject, model: nn.Module, name: str) -> np.ndarray:
+def _samples(subject: Subject, model: Model, name: str) -> np.ndarray:
     key = subject.key.at("resample")
     if name == "membership_auc":
         return 100 * intervals.resampled_auc(

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from expunge.audit import context, intervals, judge, words
 from expunge.audit.distance import floor
-from expunge.audit.subject import Reading, Subject, plain
+from expunge.audit.subject import Model, Reading, Subject, plain
 from expunge.core import Data, Key, Refused, Request, Task
 from expunge.journal import write_bytes
-from expunge.registry import measures
+from expunge.registry import asked_for, measures
+from expunge.store import Store
 from expunge.version import __version__
 
 if TYPE_CHECKING:
@@ -139,7 +139,14 @@ class Report:
         return table(self)
 
 
-def audit(subject: Subject, *, extra_rows: Sequence[Row] = (), name: str = "unlearned", title: str = "Audit") -> Report:
+def audit(
+    subject: Subject,
+    *,
+    extra_rows: Sequence[Row] = (),
+    name: str = "unlearned",
+    title: str = "Audit",
+    also: Sequence[str] = (),
+) -> Report:
     """Judge one model: every measure that applies, with intervals, beside doing nothing and retraining.
 
     It does not prove forgetting: it says whether these measures tell the model from retrained ones.
@@ -148,24 +155,28 @@ def audit(subject: Subject, *, extra_rows: Sequence[Row] = (), name: str = "unle
         subject: the model and what it is judged against.
         extra_rows: further rows for the same table, judged elsewhere.
         name: of the model's row. title: of the report.
+        also: measures that train or attack, by name, which run only where they are asked for; "all" for every one.
     """
-    row = measured(subject, name, "method")
-    return _report(subject, [row, *extra_rows], title)
+    asked_for(also)
+    row = measured(subject, name, "method", also)
+    return _report(subject, [row, *extra_rows], title, also)
 
 
 def compare(
-    original: nn.Module,
-    methods: Mapping[str, tuple[nn.Module, Record | None]],
+    original: Model,
+    methods: Mapping[str, tuple[Model, Record | None]],
     request: Request,
     task: Task,
     test: Data | None = None,
-    retrained: Sequence[nn.Module] = (),
+    retrained: Sequence[Model] = (),
     retrain_records: Sequence[Record] = (),
     *,
     title: str = "Audit",
     names: Sequence[str] = (),
     key: Key = Key(0),
     draws: int = 500,
+    also: Sequence[str] = (),
+    store: Store | None = None,
 ) -> Report:
     """Judge several models of one request in one table, on the same resampled examples.
 
@@ -177,7 +188,9 @@ def compare(
             spread. Each is held out in turn and judged against the others: the row "retrain".
         retrain_records: their records, in the same order, or at least ``{"seconds": ..., "backward": ...}``.
         names: names of the classes. key, draws: of the bootstrap.
+        also: see ``audit``. store: see ``Subject``.
     """
+    asked_for(also)
     taken = [name for name in methods if name in (ORIGINAL, RETRAIN)]
     if taken:
         raise Refused(f"a method is called {taken[0]!r}, which is the name of a control: give it another name")
@@ -193,58 +206,63 @@ def compare(
         tuple(retrain_records),
         key,
         draws,
+        store=store,
     )
     rows = []
     for name, (model, record) in methods.items():
         try:
-            rows.append(measured(subject.judging(model, record=record), name, "method"))
+            rows.append(measured(subject.judging(model, record=record), name, "method", also))
         except Refused as error:
             rows.append(Row(name, "method", {}, "not judged", notes=(str(error),)))
-    return _report(subject, rows, title)
+    return _report(subject, rows, title, also)
 
 
-def measured(subject: Subject, name: str, kind: str) -> Row:
+def measured(subject: Subject, name: str, kind: str, also: Sequence[str] = ()) -> Row:
     """One row: every registered measure that applies to the subject, judged against its retrained models."""
-    readings = _readings(subject, subject.retrained)
+    readings = _readings(subject, also)
     record = subject.record or {}
     history = tuple(record.get("history", ()))
     kept = {key: value for key, value in record.items() if key not in ("history", "notes")}
     return Row(name, kind, readings, judge.verdict(readings), kept, history, tuple(record.get("notes", ())))
 
 
-def _readings(subject: Subject, retrained: Sequence[nn.Module]) -> dict[str, Reading]:
+def _readings(subject: Subject, also: Sequence[str]) -> dict[str, Reading]:
     found = {}
-    for name, function in measures().items():
+    for name, function in asked_for(also).items():
         reading = function(subject)
-        if reading is None:
-            continue
-        references = (
-            [_alone(subject, model, name) for model in retrained] if reading.better == "nearer_retrained" else []
-        )
-        found[name] = judge.judged(subject, reading, [r for r in references if r is not None])
+        if reading is not None:
+            wanted = reading.better == "nearer_retrained"
+            found[name] = judge.judged(subject, reading, _references(subject, name) if wanted else [])
     return found
 
 
-def _alone(subject: Subject, model: nn.Module, name: str) -> Reading | None:
-    """A measure of one model, judged against nothing."""
-    return subject.cache.get(model, f"alone {name}", lambda: measures()[name](subject.judging(model, ())))
+def _references(subject: Subject, name: str) -> list[Reading]:
+    """A measure of each retrained model, held out from the others."""
+    found = (_alone(subject, model, name) for model in subject.retrained)
+    return [reading for reading in found if reading is not None]
 
 
-def _report(subject: Subject, rows: Iterable[Row], title: str) -> Report:
-    do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control")
-    held = _held_out(subject)
+def _alone(subject: Subject, model: Model, name: str) -> Reading | None:
+    """A measure of one retrained model against the rest of the whole family: the same in whatever row it is asked."""
+    rest = tuple(other for other in subject.family if other is not model)
+    return subject.cache.get(model, f"alone {name}", lambda: measures()[name](subject.judging(model, rest)))
+
+
+def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[str]) -> Report:
+    do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control", also)
+    held = _held_out(subject, also)
     table = (do_nothing, *rows, *([held] if held is not None else []))
     facts = context.facts(subject)
     notes = tuple(context.notes(subject, do_nothing, held))
     return Report(title, table, words.summary(table, facts), notes, facts)
 
 
-def _held_out(subject: Subject) -> Row | None:
+def _held_out(subject: Subject, also: Sequence[str]) -> Row | None:
     """The control "retrain": each retrained model in turn judged against the others, then averaged."""
     count = len(subject.retrained)
     if count == 0:
         return None
-    each = [_readings(held, held.retrained) for held in map(subject.held_out, range(count))]
+    each = [_readings(held, also) for held in map(subject.held_out, range(count))]
     readings = {name: _pooled([readings[name] for readings in each if name in readings]) for name in each[0]}
     level = floor(subject)
     if level is not None and "average_gap" in readings:
