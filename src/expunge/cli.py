@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, GATED, INTERRUPTED = 0, 1, 2, 3, 130
 WIDTH = 120  # columns where the output is no terminal
-PASSED = "within the retrained spread"
 
 app = typer.Typer(
     name="expunge",
@@ -34,9 +33,7 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Gate = Annotated[
-    bool, typer.Option("--gate", help="Status 3 unless the audit finds the model within the retrained spread.")
-]
+Gate = Annotated[bool, typer.Option("--gate", help="Status 3 unless the audit's verdict is 'forgotten'.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
 ]
@@ -267,21 +264,20 @@ def explain(method: Annotated[str, typer.Argument(help="A registered method.")],
 
 
 def _gated(report: Report | None) -> int:
-    """Status 3 unless the judged model lies within the retrained spread, and this audit could have told otherwise."""
-    verdict = next((row.verdict for row in report.rows if row.kind == "method"), "") if report is not None else ""
-    if verdict == PASSED and report is not None:
-        from expunge.audit.judge import ENOUGH
-
-        if report.facts.get("retrained", 0) < ENOUGH:
-            return _say(f"the gate is closed: fewer than {ENOUGH} retrained models cannot show their own spread", GATED)
-        if report.row("original").verdict == PASSED:
-            return _say("the gate is closed: doing nothing passes as well, so this audit cannot tell", GATED)
+    """Status 3 unless the verdict is "forgotten"; the first reason on stderr."""
+    if report is not None and report.verdict == "forgotten":
         return DONE
-    return _say(f"the gate is closed: the audit finds {verdict or 'nothing to judge by'}", GATED)
+    verdict = "nothing to judge by" if report is None else report.verdict
+    why = f": {report.reasons[0]}" if report is not None and report.reasons else ""
+    return _say(f"the gate is closed, the verdict is {verdict!r}{why}", GATED)
 
 
 def _report_parts(report: Report | None) -> list[Any]:
-    return [] if report is None else [report.table(), report.summary, *report.notes]
+    if report is None:
+        return []
+    alone = sum(row.kind == "method" for row in report.rows) == 1  # a table of several says it in its last column
+    verdict = [f"verdict: {report.verdict}", *(f"  {reason}" for reason in report.reasons)] if alone else []
+    return [report.table(), report.summary, *report.notes, *verdict]
 
 
 def _reading(row: Mapping[str, Any], name: str) -> str:

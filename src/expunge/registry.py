@@ -284,6 +284,11 @@ def measures() -> dict[str, Any]:
     return dict(sorted(_MEASURES.items()))
 
 
+def is_asked(name: str) -> bool:
+    """Whether a measure runs only where it is asked for."""
+    return name in _ASKED
+
+
 def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
     """The measures of every audit, and those of the others that are named; "all" names every one.
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from expunge.audit import Report, Row, Section, audit, compare, judge, words, write_page
+from expunge.audit import Report, Row, Section, audit, compare, write_page
 from expunge.audit.curves import thin
 from expunge.audit.page import render
-from expunge.audit.subject import Reading, Subject
+from expunge.audit.subject import Reading
 from expunge.core import Refused
 from expunge.registry import measures
 from tests.unit.test_audit_measures import answers, retrained_models, subject
@@ -51,7 +50,7 @@ def record(**more: object) -> dict[str, object]:
 def report() -> Report:
     base = subject(answers(2, 1.0))
     methods = {HOSTILE: (answers(3, 0.62), record(method=HOSTILE)), "ascent": (answers(4, 0.1), None)}
-    references = retrained_models(3)
+    references = retrained_models(8)
     return compare(
         base.before,
         methods,
@@ -59,7 +58,7 @@ def report() -> Report:
         base.task,
         base.test,
         references,
-        [{"seconds": 10.0, "forward": 100, "backward": 100}] * 3,
+        [{"seconds": 10.0, "forward": 100, "backward": 100}] * 8,
         title=HOSTILE,
         names=[HOSTILE] * 4,
         draws=100,
@@ -112,13 +111,14 @@ def test_every_table_has_its_controls(report: Report) -> None:
     assert report.row("retrain").readings["average_gap"].value == pytest.approx(
         report.row("ascent").readings["average_gap"].detail["floor"]
     )
-    assert report.row("original").verdict == "under-forgot"
-    assert report.row(HOSTILE).verdict == "within the retrained spread"
-    assert "over-forgot" in report.row("ascent").verdict
+    assert report.row("original").verdict == "not forgotten"
+    assert report.row(HOSTILE).verdict == report.verdict == "forgotten"
+    assert report.row("ascent").verdict == "over-forgotten"
+    assert report.row("retrain").verdict == "8 of 8 pass"
 
 
 def test_audit_of_one_model_has_the_same_rows(report: Report) -> None:
-    references = retrained_models(3)
+    references = retrained_models(8)
     extra = Row("elsewhere", "method", {})
     made = audit(subject(answers(4, 0.1), answers(2, 1.0), references, draws=100), extra_rows=[extra])
     assert [row.name for row in made.rows] == ["original", "unlearned", "elsewhere", "retrain"]
@@ -129,10 +129,10 @@ def test_audit_of_one_model_has_the_same_rows(report: Report) -> None:
 
 
 def test_it_says_when_the_request_cannot_show_anything() -> None:
-    made = audit(subject(answers(1, 0.6), answers(2, 0.6), retrained_models(4)))
-    assert any("cannot show anything" in note for note in made.notes)
-    made = audit(subject(answers(1, 0.6), answers(2, 1.0), retrained_models(4)))
-    assert not any("cannot show anything" in note for note in made.notes)
+    made = audit(subject(answers(1, 0.6), answers(2, 0.6), retrained_models(8)))
+    assert any("Doing nothing cannot be told" in note for note in made.notes)
+    made = audit(subject(answers(1, 0.6), answers(2, 1.0), retrained_models(8)))
+    assert not any("Doing nothing cannot be told" in note for note in made.notes)
 
 
 def test_it_says_when_references_or_test_data_are_few() -> None:
@@ -151,7 +151,7 @@ def test_it_says_when_references_or_test_data_are_few() -> None:
     made = audit(subject(answers(1, 0.6), None, (), test=None))
     assert any("No test data" in note for note in made.notes)
     assert "membership_auc" not in made.row("unlearned").readings
-    assert made.row("unlearned").verdict == ""
+    assert made.verdict == "cannot tell"
 
 
 def test_a_method_may_not_take_the_name_of_a_control() -> None:
@@ -274,27 +274,5 @@ def test_a_table_of_120_columns_loses_no_word(report: Report) -> None:
     console.print(report.table())
     shown = console.export_text()
     assert "…" not in shown.replace(HOSTILE, "")
-    assert all(word in shown for word in ("retraining", "Membership", "accuracy", "under-forgot"))
+    assert all(word in shown for word in ("retraining", "Membership", "accuracy", "over-forgotten"))
     assert max(map(len, shown.splitlines())) <= 120
-
-
-def test_held_out_models_are_judged_by_the_rule_that_judges_methods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reading that decides nothing for a method flags no retrained model either."""
-    base = subject(answers(2, 1.0))
-    references = retrained_models(3)
-    real = judge.judged
-
-    def stained(subject: Subject, reading: Reading, others: list[Reading]) -> Reading:
-        found = real(subject, reading, others)
-        return replace(found, verdict="over-forgot") if found.name == "attack_confidence" else found
-
-    monkeypatch.setattr(judge, "judged", stained)
-    table = compare(base.before, {}, base.request, base.task, base.test, references, draws=50)
-    assert table.row("retrain").verdict == "within the retrained spread"
-
-
-def test_a_sentence_for_measures_that_disagree() -> None:
-    said = words._said("under-forgot, over-forgot, lost utility", ["a"])
-    assert said == (
-        "a forgot too little by one measure and too much by another and is less right than retrained models on other data."
-    )

@@ -172,7 +172,7 @@ def test_the_gate_opens_for_a_retrained_model_and_closes_for_one_that_forgot_not
     arguments = ["audit", "run.toml", "audit.retrained=3", "--gate", "--json"]
     assert main([*arguments, "--after", "retrained.safetensors", "--out", "good"]) == 0
     assert main([*arguments, "--after", "before.safetensors", "--out", "bad"]) == 3
-    assert "under-forgot" in capsys.readouterr().err
+    assert "not forgotten" in capsys.readouterr().err
     assert {"report.json", "report.html"} <= {path.name for path in (folder / "bad").iterdir()}
     assert {f"retrained-{seed}.safetensors" for seed in (8, 9, 10)} <= {
         p.name for p in (folder / "out/references").iterdir()
@@ -382,15 +382,12 @@ def test_a_setting_that_methods_and_audit_share_is_looked_for_in_the_method(
     assert "it has lr, momentum" in capsys.readouterr().err
 
 
-def test_the_gate_stays_closed_where_the_audit_cannot_tell(capsys: pytest.CaptureFixture[str]) -> None:
-    passed = "within the retrained spread"
+@pytest.mark.parametrize("word", ["not forgotten", "over-forgotten", "cannot tell", "audit broken", "not judged"])
+def test_the_gate_opens_for_one_verdict_only(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def judged(verdict: str) -> Report:
+        return Report("Audit", (Row("unlearned", "method", {}, verdict, reasons=("because of this",)),))
 
-    def judged(references: int, nothing: str) -> Report:
-        rows = (Row("original", "control", {}, nothing), Row("unlearned", "method", {}, passed))
-        return Report("Audit", rows, facts={"retrained": references})
-
-    assert cli._gated(judged(3, "under-forgot")) == 0
-    assert cli._gated(judged(2, "under-forgot")) == 3
-    assert "fewer than 3" in capsys.readouterr().err
-    assert cli._gated(judged(3, passed)) == 3
-    assert "doing nothing passes as well" in capsys.readouterr().err
+    assert cli._gated(judged("forgotten")) == 0
+    assert cli._gated(judged(word)) == 3
+    assert capsys.readouterr().err.strip() == f"expunge: the gate is closed, the verdict is {word!r}: because of this"
+    assert cli._gated(Report("Audit", ())) == 3

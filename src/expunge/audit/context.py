@@ -25,13 +25,12 @@ def notes(subject: Subject, do_nothing: Row, held: Row | None) -> Iterable[str]:
     elif count < judge.ENOUGH:
         yield (
             f"Only {count} retrained model{'s were' if count > 1 else ' was'} given: how much retraining varies by "
-            f"itself cannot be told from fewer than {judge.ENOUGH}, so verdicts are provisional."
+            f"itself cannot be told from fewer than {judge.ENOUGH}, so there is no verdict."
         )
-    gap = do_nothing.readings.get("average_gap")
-    if gap is not None and gap.verdict == "within":
+    if count >= judge.ENOUGH and do_nothing.verdict in ("forgotten", "cannot tell"):
         yield (
-            "This request cannot show anything: doing nothing is as near to retraining as retrained models are to each "
-            "other, so a method that forgets and one that does nothing look alike here."
+            "Doing nothing cannot be told from retraining here, so neither can a method that forgets: "
+            "a harder forget set, or more retrained models, may tell."
         )
     if not subject.has("test"):
         yield "No test data was given: test accuracy and membership are missing, and the gap is over fewer metrics."
@@ -40,11 +39,8 @@ def notes(subject: Subject, do_nothing: Row, held: Row | None) -> Iterable[str]:
             "The test data has no example of the forgotten classes: whether the records are told from others of their "
             "class cannot be measured."
         )
-    if held is not None and "flagged" in held.verdict:
-        yield (
-            f"Of the held-out retrained models {held.verdict.removesuffix(' flagged')} would have been called a "
-            f"failure by the rule that judges the methods: read single verdicts with care."
-        )
+    if held is not None and held.verdict and held.verdict != f"{count} of {count} pass":
+        yield f"Of the retrained models, each held out, {held.verdict} by the rule that judges the methods."
 
 
 def facts(subject: Subject) -> dict[str, Any]:

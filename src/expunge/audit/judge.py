@@ -1,23 +1,60 @@
-"""Is a reading where a retrained model's would be? Too little forgetting and too much are failures alike."""
+"""The verdict: is this model equivalent to retrained ones, and could this audit have told if it were not?
+
+Two one-sided tests per deciding measure, with the margin set from the spread of the retrained models. With K of them, mean
+m and standard deviation s, let t(q) be Student's quantile at their degrees of freedom:
+
+    band    P = t(1 - a / 2M) s sqrt(1 + 1/K)       where one more retrained model lies, all M measures together, but for a
+    error   h = t(0.95) s / sqrt(K)                 of the retrained mean, one-sided
+    margin  P + h
+
+The difference d of the model from m is *equivalent* where its whole 90% interval d -+ h lies inside the margin, *different*
+where it lies wholly outside, and *unclear* between. A genuine retrained model is equivalent in all M with probability
+1 - a, by construction (for normal values). The tests are about these examples: they are the forget set itself.
+
+The audit judges itself by the same rule: doing nothing must fail, and retrained models, each held out, must pass.
+
+Source: two one-sided tests, Schuirmann 1987; the margin from the spread is ours.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
+from scipy import stats
 
-from expunge.audit import intervals
-from expunge.audit.distance import difference
-from expunge.audit.subject import Reading, Subject
+from expunge.audit.subject import Reading
+
+Word = Literal["forgotten", "not forgotten", "over-forgotten", "cannot tell", "audit broken"]
+Outcome = Literal["equivalent", "different", "unclear"]
 
 ENOUGH = 3  # retrained models from which a spread can be told
-FAILURES = ("under-forgot", "over-forgot", "lost utility")
+LARGEST = 256  # retrained models: the most that "how many would be needed" answers
+FALSE_ALARM = 0.02  # a: share of genuine retrained models that may fail a whole verdict
+EXPECTED_FAILURES, SURPRISE = (
+    0.05,
+    0.01,
+)  # held-out retrained models: a rate that is fine, and when we no longer believe it
+
+DECISIVE = (
+    *("forget_accuracy", "forget_loss", "forget_margin_shift", "membership_auc"),
+    *("retain_accuracy", "retain_loss", "test_accuracy", "test_loss"),
+)
+"""The measures that decide. With every measure some would leave its band by chance."""
+
+UTILITY = ("retain_accuracy", "retain_loss", "test_accuracy", "test_loss")
 _ABOVE = {
     "forget_accuracy": "under-forgot",
     "forgotten_class_accuracy": "under-forgot",
     "membership_auc": "under-forgot",
     "membership_auc_same_class": "under-forgot",
+    "forget_margin_shift": "under-forgot",
+    "lira": "under-forgot",
+    "rmia": "under-forgot",
+    "ulira": "under-forgot",
     "attack_confidence": "over-forgot",
     "attack_entropy": "over-forgot",
     "forget_loss": "over-forgot",
@@ -26,15 +63,6 @@ _ABOVE = {
     "retain_loss": "lost utility",
     "test_loss": "lost utility",
 }
-_DECISIVE = (
-    "forget_accuracy",
-    "retain_accuracy",
-    "test_accuracy",
-    "forget_loss",
-    "retain_loss",
-    "test_loss",
-    "membership_auc",
-)
 _OPPOSITE = {
     "under-forgot": "over-forgot",
     "over-forgot": "under-forgot",
@@ -43,54 +71,237 @@ _OPPOSITE = {
 }
 
 
-def band(readings: Sequence[Reading]) -> tuple[float, float]:
-    """Where one more retrained model is expected, from the readings of the retrained models.
+@dataclass(frozen=True)
+class Equivalence:
+    """One pair of one-sided tests.
 
-    From three models on, the 95 % prediction interval of normal values, in which the variance of the examples counts
-    as one more degree of freedom: a few equal values are no proof that the next one is equal. Below that the models'
-    own intervals together, which knows nothing of the spread between seeds. Clipped to what the unit allows.
+    Attributes:
+        name: of the measure. difference: model less the retrained mean, in the measure's unit; low, high: 90%.
+        margin: the largest difference that counts as none. outcome: see the module.
+        word: how it differs: "under-forgot", "over-forgot", "lost utility", "above", "outside"; "" where it does not.
+        needed: retrained models with which an unclear outcome would be clear, if the spread stayed; None where it is
+            clear, or would stay unclear.
     """
-    if len(readings) >= ENOUGH:
-        prior = float(np.mean([((r.high - r.low) / (2 * 1.96)) ** 2 for r in readings]))
-        low, high = intervals.next_interval([r.value for r in readings], prior=prior)
-    else:
-        low, high = min(r.low for r in readings), max(r.high for r in readings)
-    ceiling = 100.0 if readings[0].unit == "%" else 1.0 if "auc" in readings[0].name else None
-    return (low, high) if ceiling is None else (max(0.0, low), min(ceiling, high))
+
+    name: str
+    difference: float
+    low: float
+    high: float
+    margin: float
+    outcome: Outcome
+    word: str = ""
+    needed: int | None = None
 
 
-def judged(subject: Subject, reading: Reading, references: Sequence[Reading]) -> Reading:
-    """The reading with its reference and verdict.
+@dataclass(frozen=True)
+class Spread:
+    """Centre and spread of the retrained models in one measure.
 
-    A verdict other than "within" needs two things: the value lies outside the reference, and not by the chance of the
-    examples (the paired difference from the retrained mean excludes 0, or the interval lies outside the reference).
+    Attributes:
+        mean, deviation: in the measure's unit. count: retrained models. degrees: of freedom of the deviation.
+        prior: whether the variance over examples counts as one more degree of freedom.
+    """
+
+    mean: float
+    deviation: float
+    count: int
+    degrees: int
+
+    def band(self, tests: int, count: int | None = None) -> float:
+        """P: half of the range in which one more retrained model lies, `tests` measures together."""
+        count = self.count if count is None else count
+        degrees = self.degrees + count - self.count
+        quantile = float(stats.t.ppf(1 - FALSE_ALARM / (2 * tests), degrees))
+        return quantile * self.deviation * math.sqrt(1 + 1 / count)
+
+    def error(self, count: int | None = None) -> float:
+        """h: one-sided 95% error of the retrained mean."""
+        count = self.count if count is None else count
+        return float(stats.t.ppf(0.95, self.degrees + count - self.count)) * self.deviation / math.sqrt(count)
+
+
+def spread_of(readings: Sequence[Reading]) -> Spread:
+    """Of two or more readings of retrained models.
+
+    The variance over examples, from the readings' own intervals, counts as one more degree of freedom: a few equal
+    values are no proof that the next one is equal. Shares know no step smaller than one example.
+    """
+    values = np.array([reading.value for reading in readings])
+    prior = float(np.mean([((reading.high - reading.low) / (2 * 1.96)) ** 2 for reading in readings]))
+    prior = prior if math.isfinite(prior) else 0.0
+    degrees = len(values)
+    deviation = math.sqrt(((degrees - 1) * values.var(ddof=1) + prior) / degrees)
+    return Spread(float(values.mean()), deviation, len(values), degrees)
+
+
+def equivalence(reading: Reading, references: Sequence[Reading], tests: int) -> Equivalence | None:
+    """Test one reading against those of two or more retrained models; None with fewer."""
+    if len(references) < 2:
+        return None
+    spread = spread_of(references)
+    found = reading.value - spread.mean
+    band, error = spread.band(tests), spread.error()
+    step = 100 / reading.n if reading.unit == "%" and reading.n else 0.0
+    band = max(band, 1.0000001 * step)
+    outcome = _outcome(abs(found), band, error)
+    word = ""
+    if outcome != "equivalent":
+        above = _ABOVE.get(reading.name, "outside")
+        word = above if found > 0 else _OPPOSITE.get(above, "outside")
+    needed = None
+    if outcome == "unclear":
+        counts = range(len(references) + 1, LARGEST + 1)
+        clear = (
+            k for k in counts if _outcome(abs(found), max(spread.band(tests, k), step), spread.error(k)) != "unclear"
+        )
+        needed = next(clear, None)
+    return Equivalence(reading.name, found, found - error, found + error, band + error, outcome, word, needed)
+
+
+def _outcome(size: float, band: float, error: float) -> Outcome:
+    return "equivalent" if size <= band else "different" if size > band + 2 * error else "unclear"
+
+
+def needed_to_tell(reading: Reading, references: Sequence[Reading], tests: int) -> int | None:
+    """Retrained models with which this reading would be different, if difference and spread stayed; None for never."""
+    if len(references) < 2:
+        return None
+    spread, step = spread_of(references), 100 / reading.n if reading.unit == "%" and reading.n else 0.0
+    size = abs(reading.value - spread.mean)
+    counts = range(max(ENOUGH, spread.count), LARGEST + 1)
+    return next((k for k in counts if size > max(spread.band(tests, k), step) + 2 * spread.error(k)), None)
+
+
+def judged(reading: Reading, references: Sequence[Reading], tests: int) -> Reading:
+    """The reading with the band of the retrained models and how it stands to it.
+
+    Below three retrained models the band is their own intervals together, which knows nothing of the spread of seeds.
     """
     if reading.better != "nearer_retrained" or not references:
         return reading
-    low, high = band(references)
-    paired = difference(subject, reading.name)
-    sure = reading.low > high or reading.high < low if paired is None else paired[1] > 0 or paired[2] < 0
-    verdict = "within"
-    if sure and not low <= reading.value <= high:
+    if len(references) < ENOUGH:
+        low, high = min(r.low for r in references), max(r.high for r in references)
+        inside = low <= reading.value <= high or not (reading.low > high or reading.high < low)
         word = _ABOVE.get(reading.name, "outside")
-        verdict = word if reading.value > high else _OPPOSITE.get(word, "outside")
-    return replace(reading, reference=(low, high), verdict=verdict)
+        verdict = "within" if inside else word if reading.value > high else _OPPOSITE.get(word, "outside")
+        return replace(reading, reference=_clipped(reading, low, high), verdict=verdict)
+    test = equivalence(reading, references, tests)
+    if test is None:
+        return reading
+    half, mean = test.margin - (test.high - test.low) / 2, reading.value - test.difference
+    verdict = {"equivalent": "within", "unclear": "unclear", "different": test.word}[test.outcome]
+    return replace(reading, reference=_clipped(reading, mean - half, mean + half), verdict=verdict)
 
 
-def verdict(readings: Mapping[str, Reading]) -> str:
-    """One phrase for a whole row; "" where there was nothing to judge against.
+def _clipped(reading: Reading, low: float, high: float) -> tuple[float, float]:
+    """What the unit allows."""
+    ceiling = 100.0 if reading.unit == "%" else 1.0 if "auc" in reading.name else None
+    return (low, high) if ceiling is None else (max(0.0, low), min(ceiling, high))
 
-    Only the metrics of the average gap decide: with every measure some would leave its reference by chance.
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the audit says of one model.
+
+    Attributes:
+        word: "forgotten": equivalent to retrained models in every deciding measure. "not forgotten" and
+            "over-forgotten": different from them, too near to the original or too far beyond (lost utility is
+            over-forgetting). "cannot tell": too few retrained models. "audit broken": doing nothing passes, or genuine
+            retrained models fail.
+        reasons: sentences. needed: retrained models that would be needed, where "cannot tell".
+        tests: the pairs of one-sided tests behind it.
     """
-    found = {readings[name].verdict for name in _DECISIVE if name in readings}
-    words = [word for word in FAILURES if word in found]
-    if words:
-        return ", ".join(words)
-    gap = readings.get("average_gap")
-    if gap is None or not gap.verdict:
-        return ""
-    return (
-        "within the retrained spread"
-        if gap.verdict == "within"
-        else "further from retraining than retrained models are"
-    )
+
+    word: Word
+    reasons: tuple[str, ...] = ()
+    needed: int | None = None
+    tests: tuple[Equivalence, ...] = ()
+
+
+def decide(
+    readings: Mapping[str, Reading], references: Mapping[str, Sequence[Reading]], enough: int = ENOUGH
+) -> Verdict:
+    """The verdict on one model's readings, before the audit has judged itself.
+
+    Args:
+        readings: measure -> reading of the model. references: measure -> readings of the retrained models.
+        enough: retrained models below which nothing is decided, >= 2.
+    """
+    names = deciding(readings, references)
+    count = max((len(references[name]) for name in names), default=0)
+    if count < enough:
+        return Verdict("cannot tell", (_too_few(count),), ENOUGH)
+    found = (equivalence(readings[name], references[name], len(names)) for name in names)
+    tests = tuple(test for test in found if test is not None)
+    word = _word([test for test in tests if test.outcome == "different"])
+    if word is None:
+        unclear = [test for test in tests if test.outcome == "unclear" and test.word != "above"]
+        if not unclear:
+            return Verdict("forgotten", _reasons("forgotten", tests, readings), None, tests)
+        wanted = [test.needed for test in unclear]
+        needed = None if None in wanted else max(number for number in wanted if number is not None)
+        return Verdict("cannot tell", _reasons("cannot tell", tests, readings), needed, tests)
+    return Verdict(word, _reasons(word, tests, readings), None, tests)
+
+
+def deciding(readings: Mapping[str, Reading], references: Mapping[str, Sequence[Reading]]) -> tuple[str, ...]:
+    """The deciding measures that a model and two or more retrained ones have."""
+    return tuple(name for name in DECISIVE if name in readings and len(references.get(name, ())) >= 2)
+
+
+def _too_few(count: int) -> str:
+    have = "no retrained model was given" if count == 0 else f"only {count} retrained model{'s' if count > 1 else ''}"
+    return f"{have}: how much retraining varies by itself cannot be told from fewer than {ENOUGH}"
+
+
+def _word(different: Sequence[Equivalence]) -> Word | None:
+    """Forget accuracy first, then utility, then the finer signs: a ruined model knows nothing, whatever its margins."""
+    words = {test.name: test.word for test in different}
+    named = {"under-forgot": "not forgotten", "over-forgot": "over-forgotten", "lost utility": "over-forgotten"}
+    order = ("forget_accuracy", "forget_loss", *UTILITY, "forget_margin_shift", "membership_auc")
+    found: dict[str, Word] = {"not forgotten": "not forgotten", "over-forgotten": "over-forgotten"}
+    for name in order:
+        if words.get(name) in named:
+            return found[named[words[name]]]
+    return None
+
+
+def _reasons(word: Word, tests: Sequence[Equivalence], readings: Mapping[str, Reading]) -> tuple[str, ...]:
+    from expunge.audit.words import number, title  # words reads judge's words too
+
+    if word == "forgotten":
+        names = ", ".join(title(test.name) for test in tests)
+        return (f"no further from the retrained mean than retrained models are, in: {names}",)
+    said = []
+    for test in tests:
+        if test.outcome == "equivalent" or test.word == "above":
+            continue
+        unit = readings[test.name].unit
+        how = {"different": test.word, "unclear": "too near the limit to tell"}[test.outcome]
+        said.append(
+            f"{title(test.name)}: {how}; it differs from the retrained mean by {number(test.difference, unit)} "
+            f"({number(test.low, unit)} to {number(test.high, unit)}), and {number(test.margin, unit)} counts as none"
+        )
+    return tuple(said)
+
+
+def controlled(verdict: Verdict, do_nothing: Verdict, needed: int | None, held_out: Sequence[Verdict]) -> Verdict:
+    """The verdict on a model, after the audit has judged itself.
+
+    Args:
+        verdict: of the model. do_nothing: of the original. held_out: of each retrained model, against the others.
+        needed: retrained models with which doing nothing would fail; None where no number is known to do.
+    """
+    if verdict.word == "cannot tell" and not verdict.tests:
+        return verdict
+    failed = sum(found.word != "forgotten" for found in held_out)
+    if held_out and stats.binom.sf(failed - 1, len(held_out), EXPECTED_FAILURES) < SURPRISE:
+        reason = f"{failed} of {len(held_out)} genuine retrained models, each held out, do not pass: the test is wrong, not strict"
+        return Verdict("audit broken", (reason, *verdict.reasons), None, verdict.tests)
+    if do_nothing.word in ("not forgotten", "over-forgotten"):
+        return verdict
+    if needed is not None and needed > len(held_out):
+        reason = f"doing nothing cannot be told from retraining with {len(held_out)} retrained models: about {needed} would do"
+        return Verdict("cannot tell", (reason, *verdict.reasons), needed, verdict.tests)
+    reason = "doing nothing passes as well: on this request these measures cannot show that anything was forgotten"
+    return Verdict("audit broken", (reason, *verdict.reasons), None, verdict.tests)

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from expunge.audit import judge, words
+from expunge.audit import words
 from expunge.audit.drawing import styles
 from expunge.audit.plots import figures
 from expunge.audit.report import Report, Row
@@ -140,9 +140,10 @@ def _table(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _bad(row: Row) -> str:
-    if any(word in row.verdict for word in (*judge.FAILURES, "further", "not judged")):
-        return "bad"
-    return "good" if row.verdict.startswith("within") else "plain"
+    if row.kind == "control":
+        return "plain"
+    bad = ("not forgotten", "over-forgotten", "audit broken", "not judged")
+    return "good" if row.verdict == "forgotten" else "bad" if row.verdict in bad else "plain"
 
 
 def _cell(reading: Reading | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,18 +13,21 @@ import numpy as np
 
 from expunge.audit import context, intervals, judge, words
 from expunge.audit.distance import floor
+from expunge.audit.judge import Equivalence, Verdict
 from expunge.audit.subject import Model, Reading, Subject, plain
 from expunge.core import Data, Key, Refused, Request, Task
 from expunge.journal import write_bytes
-from expunge.registry import asked_for, measures
+from expunge.registry import asked_for, is_asked, measures, need_extra
 from expunge.store import Store
 from expunge.version import __version__
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
-FORMAT = "expunge-report-1"
-ORIGINAL, RETRAIN = "original", "retrain"
+FORMAT = "expunge-report-2"
+ORIGINAL, RETRAIN, NOT_JUDGED = "original", "retrain", "not judged"
+ATTACKED = 3  # retrained models that a measure which trains or attacks is held against
 Record = Mapping[str, Any]
 
 
@@ -34,7 +38,9 @@ class Row:
     Attributes:
         name: of the method, or of the control. kind: "control" or "method".
         readings: measure -> Reading, for those that apply.
-        verdict: one phrase; "" where nothing could be judged.
+        verdict: of a model, one of ``judge.Word``; of the control "retrain", how many of them pass; "not judged" for a model
+            that could not be.
+        reasons: sentences behind the verdict. tests: the pairs of one-sided tests behind it. needed: see ``judge.Verdict``.
         record: what the run wrote of itself, without its history. history: one mapping per step.
         notes: sentences that a person should read.
     """
@@ -46,6 +52,13 @@ class Row:
     record: Record = field(default_factory=dict)
     history: tuple[Mapping[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    tests: tuple[Equivalence, ...] = ()
+    needed: int | None = None
+
+    def ruled(self, verdict: Verdict) -> Row:
+        """The row with this verdict."""
+        return replace(self, verdict=verdict.word, reasons=verdict.reasons, tests=verdict.tests, needed=verdict.needed)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
@@ -55,6 +68,11 @@ class Row:
             "kind": self.kind,
             "verdict": self.verdict,
             "notes": list(self.notes),
+            "reasons": list(self.reasons),
+            "tests": [
+                {name: plain(v) if isinstance(v, float) else v for name, v in vars(t).items()} for t in self.tests
+            ],
+            "needed": self.needed,
             "readings": {name: reading.to_json() for name, reading in self.readings.items()},
             "record": dict(self.record),
             "history": history,
@@ -72,6 +90,9 @@ class Row:
             tree["record"],
             tuple(tree["history"]),
             tuple(tree["notes"]),
+            tuple(tree["reasons"]),
+            tuple(Equivalence(**test) for test in tree["tests"]),
+            tree["needed"],
         )
 
 
@@ -90,6 +111,38 @@ class Report:
     summary: str = ""
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """What the audit says of its model (of the first, where it compares several): one of ``judge.Word``.
+
+        The row says why: ``report.row("unlearned").reasons``. It is about these examples and these measures.
+        """
+        return next((row.verdict for row in self.rows if row.kind == "method"), "cannot tell")
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Sentences behind the verdict."""
+        return next((row.reasons for row in self.rows if row.kind == "method"), ())
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table with one line per model and measure: value, interval, band, verdicts (``expunge[files]``)."""
+        pandas = need_extra("pandas", "files", "Report.to_frame")
+        lines = [
+            {
+                "model": row.name,
+                "kind": row.kind,
+                "verdict": row.verdict,
+                "measure": name,
+                **{part: getattr(found, part) for part in ("value", "low", "high", "n", "unit", "better")},
+                "reference_low": math.nan if found.reference is None else found.reference[0],
+                "reference_high": math.nan if found.reference is None else found.reference[1],
+                "reading": found.verdict,
+            }
+            for row in self.rows
+            for name, found in row.readings.items()
+        ]
+        return pandas.DataFrame(lines)
 
     def row(self, name: str) -> Row:
         """The row called `name`."""
@@ -213,32 +266,30 @@ def compare(
         try:
             rows.append(measured(subject.judging(model, record=record), name, "method", also))
         except Refused as error:
-            rows.append(Row(name, "method", {}, "not judged", notes=(str(error),)))
+            rows.append(Row(name, "method", {}, NOT_JUDGED, notes=(str(error),)))
     return _report(subject, rows, title, also)
 
 
 def measured(subject: Subject, name: str, kind: str, also: Sequence[str] = ()) -> Row:
-    """One row: every registered measure that applies to the subject, judged against its retrained models."""
-    readings = _readings(subject, also)
+    """One row: every measure that applies, judged against the retrained models; the audit has not yet judged itself."""
+    found = {name: reading for name, function in asked_for(also).items() if (reading := function(subject)) is not None}
+    references = {name: _references(subject, reading) for name, reading in found.items()}
+    tests = max(1, len(judge.deciding(found, references)))
+    readings = {name: judge.judged(reading, references[name], tests) for name, reading in found.items()}
     record = subject.record or {}
     history = tuple(record.get("history", ()))
     kept = {key: value for key, value in record.items() if key not in ("history", "notes")}
-    return Row(name, kind, readings, judge.verdict(readings), kept, history, tuple(record.get("notes", ())))
+    row = Row(name, kind, readings, "", kept, history, tuple(record.get("notes", ())))
+    enough = judge.ENOUGH - (len(subject.retrained) < len(subject.family))  # one of them may be held out
+    return row.ruled(judge.decide(found, references, enough))
 
 
-def _readings(subject: Subject, also: Sequence[str]) -> dict[str, Reading]:
-    found = {}
-    for name, function in asked_for(also).items():
-        reading = function(subject)
-        if reading is not None:
-            wanted = reading.better == "nearer_retrained"
-            found[name] = judge.judged(subject, reading, _references(subject, name) if wanted else [])
-    return found
-
-
-def _references(subject: Subject, name: str) -> list[Reading]:
-    """A measure of each retrained model, held out from the others."""
-    found = (_alone(subject, model, name) for model in subject.retrained)
+def _references(subject: Subject, reading: Reading) -> list[Reading]:
+    """The measure of each retrained model, held out from the others; of a few only, where it attacks or trains."""
+    if reading.better != "nearer_retrained":
+        return []
+    models = subject.retrained[:ATTACKED] if is_asked(reading.name) else subject.retrained
+    found = (_alone(subject, model, reading.name) for model in models)
     return [reading for reading in found if reading is not None]
 
 
@@ -250,25 +301,50 @@ def _alone(subject: Subject, model: Model, name: str) -> Reading | None:
 
 def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[str]) -> Report:
     do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control", also)
-    held = _held_out(subject, also)
-    table = (do_nothing, *rows, *([held] if held is not None else []))
+    each = [measured(held, RETRAIN, "control", also) for held in map(subject.held_out, range(len(subject.retrained)))]
+    ruled = [_controlled(subject, row, do_nothing, each) for row in rows]
+    held = _held_out(subject, each)
+    table = (do_nothing, *ruled, *([held] if held is not None else []))
     facts = context.facts(subject)
     notes = tuple(context.notes(subject, do_nothing, held))
     return Report(title, table, words.summary(table, facts), notes, facts)
 
 
-def _held_out(subject: Subject, also: Sequence[str]) -> Row | None:
+def _controlled(subject: Subject, row: Row, do_nothing: Row, each: Sequence[Row]) -> Row:
+    """The row, after doing nothing and the held-out retrained models have been judged by the same rule."""
+    if row.verdict == NOT_JUDGED:
+        return row
+    return row.ruled(
+        judge.controlled(_verdict(row), _verdict(do_nothing), _needed(subject, do_nothing), [_verdict(r) for r in each])
+    )
+
+
+def _verdict(row: Row) -> Verdict:
+    word: Any = row.verdict
+    return Verdict(word, row.reasons, row.needed, row.tests)
+
+
+def _needed(subject: Subject, do_nothing: Row) -> int | None:
+    """Retrained models with which doing nothing would fail in some deciding measure."""
+    names = [test.name for test in do_nothing.tests]
+    found = [
+        judge.needed_to_tell(do_nothing.readings[name], _references(subject, do_nothing.readings[name]), len(names))
+        for name in names
+    ]
+    return min((number for number in found if number is not None), default=None)
+
+
+def _held_out(subject: Subject, each: Sequence[Row]) -> Row | None:
     """The control "retrain": each retrained model in turn judged against the others, then averaged."""
-    count = len(subject.retrained)
-    if count == 0:
+    if not each:
         return None
-    each = [_readings(held, also) for held in map(subject.held_out, range(count))]
-    readings = {name: _pooled([readings[name] for readings in each if name in readings]) for name in each[0]}
+    names = {name: None for row in each for name in row.readings}
+    readings = {name: _pooled([row.readings[name] for row in each if name in row.readings]) for name in names}
     level = floor(subject)
     if level is not None and "average_gap" in readings:
         readings["average_gap"] = replace(readings["average_gap"], value=level.value, low=level.low, high=level.high)
-    flagged = sum(any(word in judge.verdict(readings) for word in judge.FAILURES) for readings in each)
-    verdict = "" if count < 2 else f"{flagged} of {count} flagged" if flagged else "within the retrained spread"
+    passed = sum(row.verdict == "forgotten" for row in each)
+    verdict = f"{passed} of {len(each)} pass" if len(each) > judge.ENOUGH - 1 else ""
     record = dict(subject.retrain_records[0]) if subject.retrain_records else {}
     history = tuple(record.pop("history", ()))
     return Row(RETRAIN, "control", readings, verdict, record, history)

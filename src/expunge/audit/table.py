@@ -41,7 +41,7 @@ def table(report: Report, names: tuple[str, ...] = MAIN) -> Table:
     for name in columns:
         unit = next(row.readings[name].unit for row in report.rows if name in row.readings)
         made.add_column(Text(words.title(name) + (f" ({unit})" if unit else "")), justify="right", overflow="fold")
-    made.add_column("verdict", min_width=12, overflow="fold")
+    made.add_column("verdict", min_width=15, overflow="fold")
     for row in report.rows:
         cells = [_cell(row.readings.get(name)) for name in columns]
         made.add_row(Text(row.name), *cells, Text(row.verdict or "–"))
@@ -53,7 +53,7 @@ def _cell(reading: Reading | None) -> Text:
 
     if reading is None:
         return Text("–")
-    style = {"within": "green", "": "", "above": ""}.get(reading.verdict, "red")
+    style = {"within": "green", "": "", "above": "", "unclear": "yellow"}.get(reading.verdict, "red")
     text = Text(words.number(reading.value, reading.unit), style=style)
     between = words.spread(reading)
     if "-" not in between:

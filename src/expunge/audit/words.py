@@ -135,22 +135,13 @@ def _target(original: Row, retrain: Row) -> list[str]:
 def _said(verdict: str, names: Sequence[str]) -> str:
     who, many = listing(list(names)), len(names) > 1
     phrases = {
-        "under-forgot": "forgot too little",
-        "over-forgot": "forgot too much, which gives the forgotten examples away as well",
-        "lost utility": "{} less right than retrained models on other data",
+        "forgotten": f"{who} cannot be told from retrained models by these measures",
+        "not forgotten": f"{who} forgot too little",
+        "over-forgotten": f"{who} forgot too much, or lost what {'they were' if many else 'it was'} to keep",
+        "cannot tell": f"whether {who} forgot cannot be told",
+        "audit broken": f"this audit cannot judge {who}: it fails its own controls",
+        "not judged": f"{who} could not be judged",
     }
-    if verdict == "within the retrained spread":
-        return f"{who} {'end' if many else 'ends'} within the spread of retrained models."
-    if verdict.startswith("further"):
-        return (
-            f"{who} {'are' if many else 'is'} further from retraining than retrained models are from each other, with "
-            f"no single failure to name."
-        )
-    if verdict == "not judged":
-        return f"{who} could not be judged."
-    said = verdict.split(", ")
-    if "under-forgot" in said and "over-forgot" in said:
-        said.remove("over-forgot")
-        phrases["under-forgot"] = "forgot too little by one measure and too much by another"
-    parts = [phrases[word].format("are" if many else "is") for word in said if word in phrases]
-    return f"{who} {listing(parts)}." if parts else ""
+    said = phrases.get(verdict, "")
+    starts = verdict in ("cannot tell", "audit broken")  # otherwise with a name, which stays as it is
+    return f"{said[0].upper() if starts else said[0]}{said[1:]}." if said else ""
