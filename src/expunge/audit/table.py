@@ -37,11 +37,11 @@ def table(report: Report, names: tuple[str, ...] = MAIN) -> Table:
     columns = [name for name in words.ordered(report.rows) if name in names]
     caption = Text("value, 95% interval below; retrain: each held out in turn")
     made = Table(title=Text(report.title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    made.add_column("model", min_width=9, max_width=18, overflow="fold")
+    made.add_column("model", min_width=9, max_width=15, overflow="fold")
     for name in columns:
         unit = next(row.readings[name].unit for row in report.rows if name in row.readings)
         made.add_column(Text(words.title(name) + (f" ({unit})" if unit else "")), justify="right", overflow="fold")
-    made.add_column("verdict", min_width=15, overflow="fold")
+    made.add_column("verdict", min_width=14, no_wrap=True)
     for row in report.rows:
         cells = [_cell(row.readings.get(name)) for name in columns]
         made.add_row(Text(row.name), *cells, Text(row.verdict or "–"))
