@@ -38,6 +38,37 @@ def forgotten_class_accuracy(subject: Subject) -> Reading | None:
 
 
 @measure
+def lowest_class_accuracy(subject: Subject) -> Reading | None:
+    """Test accuracy of the class that is labelled worst, forgotten classes left out; its line is every class.
+
+    An average hides a class that paid for the forgetting. Wilson interval over the examples of that class, which was
+    chosen for being lowest: it lies too low, and so does the retrained models' own, beside which it stands.
+    """
+    if not subject.has("test"):
+        return None
+    found = subject.outputs("test")
+    if found.labels is None or found.correct is None:
+        return None
+    classes, place, n = np.unique(found.labels, return_inverse=True, return_counts=True)
+    right = np.bincount(place, weights=found.correct)
+    low, high = (100 * ends for ends in intervals.wilson(right, n))
+    share = 100 * right / n
+    worst = int(share.argmin())
+    line = tuple(tuple(float(value) for value in part) for part in (classes, share, low, high))
+    return Reading(
+        "lowest_class_accuracy",
+        float(share[worst]),
+        float(low[worst]),
+        float(high[worst]),
+        int(n[worst]),
+        "%",
+        detail={"class": float(classes[worst])},
+        curves={"accuracy": line},
+        axes=("class", "test accuracy (%)"),
+    )
+
+
+@measure
 def forget_loss(subject: Subject) -> Reading | None:
     """Loss per unit on the forget examples, for tasks without labels; bootstrap interval over examples."""
     return _loss(subject, "forget_loss", "forget")

@@ -56,6 +56,7 @@ def facts(subject: Subject) -> dict[str, Any]:
         "examples": sizes,
         "retrained": len(subject.retrained),
         "forgotten_classes": names,
+        "class_names": list(subject.names),
         "chance": plain(chance(subject)),
         "key": subject.key.seed,
         "draws": subject.draws,

@@ -6,7 +6,7 @@ Pure functions on numpy arrays. Every draw comes from a Key, so the same call gi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -110,6 +110,33 @@ def auc_interval(positive: ArrayLike, negative: ArrayLike, level: float = 0.95) 
     return float(special.expit(special.logit(area) - half)), float(special.expit(special.logit(area) + half))
 
 
+def matched_auc_interval(positive: ArrayLike, negative: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of the area where positives and negatives are the same examples under different models.
+
+    DeLong's placement values, summed per example before their variance is taken, so that the scores of one example may
+    depend on each other; on the logit scale. At an area of exactly 0 or 1, the exact binomial interval over examples.
+
+    Args:
+        positive: [n]. negative: [k, n], NaN where there is none; some for at least one example.
+
+    Paper: Obuchowski 1997 (clustered ROC data), with each example a cluster.
+    """
+    first, second = np.asarray(positive, np.float64), np.asarray(negative, np.float64)
+    there, n = ~np.isnan(second), len(first)
+    placed = np.full(second.shape, np.nan)
+    placed[there] = 1 - _placements(second[there], first)
+    ours, area = _placements(first, second[there]), float(np.nanmean(placed))
+    errors = (ours - area) + np.nansum(placed - area, axis=0) * n / there.sum()
+    deviation = math.sqrt(float((errors**2).sum()) / (n * max(1, n - 1)))
+    if n < 2:
+        return 0.0, 1.0
+    if area in (0.0, 1.0) or deviation == 0.0:
+        low, high = clopper_pearson(round(area * n), n, level)
+        return float(low), float(high)
+    half = float(special.ndtri(0.5 + level / 2)) * deviation / (area * (1 - area))
+    return float(special.expit(special.logit(area) - half)), float(special.expit(special.logit(area) + half))
+
+
 def choices(size: int, draws: int, key: Key, largest: int = 0) -> Iterator[np.ndarray]:
     """Positions [k, size] drawn with replacement, `draws` rows in all: the same for every caller with the same key.
 
@@ -170,3 +197,60 @@ def distance_interval(value: float, noise: ArrayLike, level: float = 0.95) -> In
     """
     half = float(np.quantile(np.asarray(noise, np.float64), level))
     return max(0.0, value - half), value + half
+
+
+def student_errors(values: ArrayLike, draws: int, key: Key) -> np.ndarray:
+    """[draws, M] errors of the mean of `values` [K, M] over K models: multivariate Student with K - 1 degrees, K >= 2.
+
+    Resampling a few models gives too small a spread, and no draw beyond the most extreme of them.
+    """
+    sample = np.asarray(values, np.float64)
+    count = len(sample)
+    rng = np.random.Generator(np.random.PCG64(key.seed))
+    normal = rng.standard_normal((draws, count)) @ (sample - sample.mean(0)) / math.sqrt(count * (count - 1))
+    return normal * np.sqrt((count - 1) / rng.chisquare(count - 1, (draws, 1)))
+
+
+def gap_interval(differences: ArrayLike, errors: ArrayLike, level: float = 0.95) -> Interval:
+    """Interval of a mean of absolute values, mean_k |m_k|, from estimates d_k of the m_k and draws of their errors.
+
+    Chance pushes mean |d_k| away from 0, so that quantiles of resampled values do not cover. Here each end is the value
+    under which one as far as the one seen has probability (1 - level) / 2, along the path of the truths nearest to d for
+    each value: m_k = sign(d_k) max(|d_k| + t s_k^2, 0), with s_k^2 the variance of the errors.
+
+    Args:
+        differences: [M]. errors: [draws, M], of d_k about m_k. level: in (0, 1).
+
+    Source: hybrid resampling, Chuang and Lai 2000; the path is the constrained least squares one.
+    """
+    d, noise = np.asarray(differences, np.float64), np.asarray(errors, np.float64)
+    noise = noise - noise.mean(0)
+    size, sign, variance = np.abs(d), np.where(d < 0, -1.0, 1.0), noise.var(0)
+    seen, tail = float(size.mean()), (1 - level) / 2
+    moving = variance > 0
+    if not moving.any():
+        return seen, seen
+
+    def at(t: float) -> tuple[float, float, float]:
+        """The value at t, and how often a draw is at most, at least, as far as what was seen."""
+        truth = np.maximum(size + t * variance, 0.0)
+        drawn = np.abs(truth + sign * noise).mean(1)
+        return float(truth.mean()), float((drawn <= seen).mean()), float((drawn >= seen).mean())
+
+    nearest = float(-(size[moving] / variance[moving]).max())
+    low = at(nearest)[0] if at(nearest)[2] >= tail else at(_edge(nearest, 0.0, lambda t: at(t)[2] >= tail))[0]
+    furthest = 1.0 / float(np.sqrt(variance[moving]).min())
+    while at(furthest)[1] >= tail:
+        furthest *= 2
+    return low, at(_edge(furthest, 0.0, lambda t: at(t)[1] >= tail))[0]
+
+
+def _edge(outside: float, inside: float, holds: Callable[[float], bool]) -> float:
+    """The last point, from `inside` towards `outside`, at which the condition holds, by bisection."""
+    for _ in range(40):
+        middle = (outside + inside) / 2
+        if holds(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside

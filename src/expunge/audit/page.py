@@ -97,6 +97,7 @@ def _section(section: Section, number: int) -> dict[str, Any]:
     return {
         "id": f"section-{number}",
         "title": section.title,
+        "verdict": _verdict(report),
         "text": section.text or report.summary,
         "notes": report.notes,
         "main": _table(report.rows, main),
@@ -108,9 +109,35 @@ def _section(section: Section, number: int) -> dict[str, Any]:
     }
 
 
+MEANINGS = {
+    "forgotten": "By these measures the model cannot be told from models that were retrained without the forget examples.",
+    "not forgotten": "The model still shows that it was trained on the forget examples.",
+    "over-forgotten": "The model went beyond what retraining gives: that gives the forget examples away as well, or it lost "
+    "what it was to keep.",
+    "cannot tell": "There is too little to go by. This is no finding for or against the model.",
+    "audit broken": "The audit failed its own controls, so nothing it says about the model counts.",
+}
+
+
+def _verdict(report: Report) -> dict[str, Any] | None:
+    """The banner of an audit of one model; a table of several has a verdict in each line."""
+    rows = [row for row in report.rows if row.kind == "method"]
+    if len(rows) != 1 or rows[0].verdict not in MEANINGS:
+        return None
+    row = rows[0]
+    return {
+        "word": row.verdict,
+        "mark": _bad(row),
+        "name": row.name,
+        "meaning": MEANINGS[row.verdict],
+        "reasons": row.reasons,
+        "needed": row.needed,
+    }
+
+
 def _table(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """Headings, one line of cells per row, and the range expected of one more retrained model."""
-    heads, bands = [], []
+    heads, bands, methods = [], [], [row for row in rows if row.kind == "method"]
     for name in names:
         first = next(row.readings[name] for row in rows if name in row.readings)
         band = next(
@@ -131,7 +158,7 @@ def _table(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
             "kind": row.kind,
             "verdict": row.verdict,
             "bad": _bad(row),
-            "notes": row.notes,
+            "notes": (*row.notes, *(row.reasons if len(methods) > 1 and row.kind == "method" else ())),
             "cells": [_cell(row.readings.get(name)) for name in names],
         }
         for row in rows

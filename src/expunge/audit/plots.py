@@ -9,6 +9,7 @@ from typing import Any
 from expunge.audit import words
 from expunge.audit.curves import curves
 from expunge.audit.drawing import BAND, GREY, PALETTE, Figure, figure, styles, text
+from expunge.audit.lines import equivalence, lines
 from expunge.audit.report import Report
 from expunge.audit.subject import Reading
 
@@ -16,12 +17,14 @@ from expunge.audit.subject import Reading
 def figures(report: Report) -> list[Figure]:
     """Every figure that the report has the numbers for: title, note, data and layout each."""
     found = [
+        equivalence(report),
         _gaps(report),
         _trade(report, ("forget_accuracy", "retain_accuracy")),
         _trade(report, ("forget_loss", "retain_loss")),
         _trade(report, ("membership_auc", "test_accuracy")),
         _trade(report, ("membership_auc", "test_loss")),
         _cost(report),
+        *lines(report),
         *curves(report),
     ]
     return [one for one in found if one is not None]

@@ -14,7 +14,7 @@ import numpy as np
 from expunge.audit import context, intervals, judge, words
 from expunge.audit.distance import floor
 from expunge.audit.judge import Equivalence, Verdict
-from expunge.audit.subject import Model, Reading, Subject, plain
+from expunge.audit.subject import Curve, Model, Reading, Subject, plain
 from expunge.core import Data, Key, Refused, Request, Task
 from expunge.journal import write_bytes
 from expunge.registry import asked_for, is_asked, measures, need_extra
@@ -378,4 +378,18 @@ def _pooled(readings: Sequence[Reading]) -> Reading:
         reference=None,
         verdict="",
         detail=detail,
+        curves=_pooled_curves(readings),
     )
+
+
+def _pooled_curves(readings: Sequence[Reading]) -> dict[str, Curve]:
+    """The mean line over models with the range of the lines about it, where they have their points in common."""
+    pooled: dict[str, Curve] = {}
+    for name, first in readings[0].curves.items():
+        curves = [reading.curves[name] for reading in readings if name in reading.curves]
+        if len(curves) < len(readings) or any(curve[0] != first[0] for curve in curves):
+            continue
+        heights = np.array([curve[1] for curve in curves])
+        parts = (first[0], heights.mean(0), heights.min(0), heights.max(0))
+        pooled[name] = tuple(tuple(float(value) for value in part) for part in parts)
+    return pooled
