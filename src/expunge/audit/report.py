@@ -345,9 +345,14 @@ def _held_out(subject: Subject, each: Sequence[Row]) -> Row | None:
         readings["average_gap"] = replace(readings["average_gap"], value=level.value, low=level.low, high=level.high)
     passed = sum(row.verdict == "forgotten" for row in each)
     verdict = f"{passed} of {len(each)} pass" if len(each) > judge.ENOUGH - 1 else ""
+    failures = tuple(
+        f"retrained model {number}: {row.verdict} ({'; '.join(row.reasons)})"
+        for number, row in enumerate(each)
+        if row.verdict != "forgotten" and verdict
+    )
     record = dict(subject.retrain_records[0]) if subject.retrain_records else {}
     history = tuple(record.pop("history", ()))
-    return Row(RETRAIN, "control", readings, verdict, record, history)
+    return Row(RETRAIN, "control", readings, verdict, record, history, reasons=failures)
 
 
 def _pooled(readings: Sequence[Reading]) -> Reading:
@@ -361,8 +366,9 @@ def _pooled(readings: Sequence[Reading]) -> Reading:
         max(high, float(np.mean([r.high for r in readings]))),
     )
     first = readings[0]
-    if first.unit == "%" or "auc" in first.name:
-        low, high = max(0.0, low), min(100.0 if first.unit == "%" else 1.0, high)
+    top = judge.ceiling(first)
+    if top is not None:
+        low, high = max(0.0, low), min(top, high)
     if first.better == "lower":
         low = max(0.0, low)
     shared = set.intersection(*(set(reading.detail) for reading in readings))

@@ -1,0 +1,170 @@
+"""Does the audit say the right thing where the right answer is known? On digits and on CIFAR-10, K of each:
+
+original        trained on everything: nothing was forgotten, every one of them must fail
+retrained       trained without the forget set, each held out and judged by the others: they must pass
+random_label    at a destructive strength: must fail as over-forgotten
+gradient_ascent at a destructive strength: must fail as over-forgotten
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cifar
+import numpy as np
+import torch
+from torch import nn
+
+import expunge as ex
+from expunge.audit import compare
+from expunge.core import Key
+from expunge.data import builtin
+from expunge.data.builtin import Recipe
+from expunge.data.sources import fingerprint
+from expunge.journal import write_bytes
+from expunge.references import References, references
+from expunge.version import __version__, revision
+
+RESULT = Path(__file__).parent / "results" / "verdicts.json"
+OUT = Path("out/bench-verdicts")
+SEED, K, RUINED = 0, 16, 4
+DESTRUCTIVE = {
+    "random_label": lambda steps: ex.methods.random_label(lr=0.05, steps=steps),
+    "gradient_ascent": lambda steps: ex.methods.gradient_ascent(lr=0.05, steps=steps),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Data, network and recipe, how many examples are forgotten, and how long the destruction lasts."""
+
+    train: ex.Data
+    test: ex.Data
+    make: Callable[[], nn.Module]
+    recipe: Recipe
+    forget: int
+    steps: int
+
+
+def digits() -> Work:
+    suite = builtin.digits()
+    return Work(suite.train, suite.test, suite.make, suite.recipe, len(suite.train) // 10, 60)
+
+
+def cifar10() -> Work:
+    train, test = cifar.load(train=5000, test=5000)
+    return Work(train, test, cifar.network, Recipe(epochs=12, lr=0.05, batch=64), 500, 150)
+
+
+SETS: dict[str, Callable[[], Work]] = {"digits": digits, "cifar10": cifar10}
+
+
+def judge(name: str, work: Work, count: int, workers: int) -> dict[str, Any]:
+    """One set: train what is missing, ruin some, and compare all in one table."""
+    rng = np.random.default_rng(Key(SEED).at("forget", name).seed)
+    ids = np.sort(rng.choice(work.train.ids.numpy(), work.forget, replace=False)).tolist()
+    request, task = ex.split(work.train, forget=ids), ex.Classification(10)
+    started = time.perf_counter()
+    found = references(
+        work.recipe,
+        work.train,
+        request,
+        task=task,
+        make=work.make,
+        folder=OUT / name,
+        retrained=count,
+        originals=count,
+        test=work.test,
+        seed=SEED,
+        workers=workers,
+    )
+    trained = time.perf_counter() - started
+    models: dict[str, Any] = {f"original {n}": (model, None) for n, model in enumerate(found.originals[1:], 1)}
+    models |= ruined(found, request, task, work.steps)
+    started = time.perf_counter()
+    report = compare(
+        found.originals[0],
+        models,
+        request,
+        task,
+        work.test,
+        found.retrained,
+        found.records,
+        title=f"Verdicts on {name}",
+        key=Key(SEED),
+        store=found.store,
+    )
+    report.save(OUT / name)
+    rows = {row.name: row for row in report.rows}
+    words = {
+        kind: [row.verdict for name, row in rows.items() if name.startswith(kind)]
+        for kind in ("original", *DESTRUCTIVE)
+    }
+    return {
+        "train": fingerprint(work.train),
+        "test": fingerprint(work.test),
+        "forget": fingerprint(request.data("forget")),
+        "examples": {
+            "forget": len(request.data("forget")),
+            "retain": len(request.data("retain")),
+            "test": len(work.test),
+        },
+        "recipe": asdict(work.recipe),
+        "retrained_pass": rows["retrain"].verdict,
+        "retrained_failures": list(rows["retrain"].reasons),
+        "originals_not_forgotten": f"{words['original'].count('not forgotten')} of {len(words['original'])}",
+        **{
+            f"{kind}_over_forgotten": f"{words[kind].count('over-forgotten')} of {len(words[kind])}"
+            for kind in DESTRUCTIVE
+        },
+        "rows": [_row(row) for row in report.rows],
+        "seconds": {"training": round(trained, 1), "audit": round(time.perf_counter() - started, 1)},
+    }
+
+
+def ruined(found: References, request: ex.Request, task: Any, steps: int) -> dict[str, tuple[nn.Module, Any]]:
+    """Each destructive method on some of the originals."""
+    made = {}
+    for method, build in DESTRUCTIVE.items():
+        for number, model in enumerate(found.originals[:RUINED]):
+            outcome = ex.unlearn(model.load(), request, task=task, method=build(steps), seed=number)
+            made[f"{method} {number}"] = (outcome.model, outcome.record)
+    return made
+
+
+def _row(row: Any) -> dict[str, Any]:
+    shown = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership_auc", "forget_margin_shift", "lira")
+    readings = {name: row.readings[name].to_json() for name in shown if name in row.readings}
+    kept = ("value", "low", "high", "reference", "verdict")
+    short = {name: {part: reading[part] for part in kept} for name, reading in readings.items()}
+    return {"model": row.name, "verdict": row.verdict, "reasons": list(row.reasons), "readings": short}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=int, default=K, help="originals and retrained models of each set")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("sets", nargs="*", default=[name for name in SETS if name != "cifar10" or cifar.folder()])
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    known = json.loads(RESULT.read_text())["sets"] if RESULT.is_file() else {}
+    for name in given.sets:
+        found = judge(name, SETS[name](), given.models, given.workers)
+        known[name] = found
+        said = {key: value for key, value in found.items() if key.endswith(("pass", "forgotten"))}
+        print(name, json.dumps(said), found["seconds"])
+        machine = {"machine": platform.machine(), "processors": os.cpu_count(), "torch": torch.__version__}
+        head = {"expunge": __version__, "revision": revision(), "seed": SEED, "models": given.models, **machine}
+        write_bytes(RESULT, (json.dumps({**head, "sets": known}, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
