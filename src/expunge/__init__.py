@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from expunge.tasks.classification import Classification
     from expunge.tasks.diffusion import Diffusion
     from expunge.tasks.regression import Regression
+    from expunge.watch import Watch
     from expunge.weights import load_weights, save_weights
 
 _HOME = {
@@ -51,6 +52,7 @@ _HOME = {
     "Classification": "tasks.classification",
     "Diffusion": "tasks.diffusion",
     "Regression": "tasks.regression",
+    "Watch": "watch",
 }
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "RunFailed",
     "Scope",
     "Subject",
+    "Watch",
     "__version__",
     "as_data",
     "audit",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from expunge.journal import Journal
     from expunge.oracle import Oracle
     from expunge.scope import Scope
+    from expunge.watch import Probes
 
 Batch = dict[str, Any]
 """Name -> Tensor [b, ...] or a nested Batch. ``"id"`` (int64 [b]) is always there; ``"weight"`` ([b]) optionally."""
@@ -280,6 +281,7 @@ class Case:
         rng: the random stream that the next stage takes its seed from.
         meter: what the run has cost and recorded.
         journal: where checkpoints go; None keeps none.
+        watch: what to measure along the run; None measures nothing.
     """
 
     model: nn.Module
@@ -290,6 +292,7 @@ class Case:
     rng: Key = Key(0)
     meter: Meter = field(default_factory=Meter)
     journal: Journal | None = None
+    watch: Probes | None = None
 
     @contextlib.contextmanager
     def teacher(self, name: str, *, differentiable: bool = False) -> Iterator[nn.Module]:
@@ -329,6 +332,20 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def only_looked_at(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode, and buffers that a forward pass changes (a counter of calls) put back: a look leaves no trace."""
+    kept = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        with eval_mode(model):
+            yield model
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                module._buffers[name] = buffer
+                buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -374,6 +391,6 @@ def chain(*stages: Stage) -> Chain:
 
 
 def fork(case: Case, **changes: Any) -> Case:
-    """A Case for work on the side (an inner attack, a lower level): its own random stream, no journal."""
+    """A Case for work on the side (an inner attack, a lower level): its own random stream, no journal, not watched."""
     key, _ = case.rng.take()
-    return replace(case, rng=key.at("fork"), journal=None, **changes)
+    return replace(case, rng=key.at("fork"), journal=None, watch=None, **changes)

@@ -49,7 +49,8 @@ class Descend:
 
     The update does not depend, to rounding, on how a batch is cut into pieces or spread over processes. Nothing out
     of scope moves, to the bit, whatever the optimizer. Recorded per step: each loss, gradient norms and cosine where
-    the combiner has them, and every `watch` steps the realised against the predicted change of the retain loss.
+    the combiner has them, every `watch` steps the realised against the predicted change of the retain loss, and what
+    ``unlearn(watch=Watch(...))`` asks for.
 
     It does not promise that anything was forgotten, nor that the retain loss falls: that is for the audit.
 
@@ -284,7 +285,10 @@ class _Run:
                 row["retain_realised"] = after.losses.known["retain"] - oracle.losses.known["retain"]
                 if "retain_slope" in row:
                     row["retain_predicted"] = -oracle.lr * row["retain_slope"]
-        self.case.meter.history.append(row)
+        history = self.case.meter.history
+        if self.case.watch is not None and self.case.watch.due(len(history) + 1):
+            row.update(self.case.watch.look(self.case))
+        history.append(row)
 
     def _fall_back(self, reason: str) -> None:
         if self.watched is None or self.watched.data is None:

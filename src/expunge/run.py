@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Case, Chain, Key, Refused, Request, RunFailed, Stage, Task, chain, eval_mode, lent_stream
+from expunge.core import Case, Chain, Key, Refused, Request, RunFailed, Stage, Task, chain, lent_stream, only_looked_at
 from expunge.data.sources import fingerprint
 from expunge.data.split import disjoint
 from expunge.journal import CannotWrite, Journal, described, sweep, write_bytes
@@ -25,9 +25,11 @@ from expunge.meter import Meter, peak_bytes
 from expunge.registry import Bound, check_needs, find, methods
 from expunge.scope import Scope
 from expunge.version import __version__, revision
+from expunge.watch import Probes, Watch
 from expunge.weights import hash_tensors, load_weights, read_tensors, save_weights, tensors_of
 
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
+REFERENCES = "references"  # folder of a run, which may be there before the run is
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def unlearn(
     scope: Scope | Sequence[str] | None = None,
     every: float = 20.0,
     shard: Callable[[nn.Module], nn.Module] | None = None,
+    watch: Watch | None = None,
 ) -> Outcome:
     """Make a trained model forget.
 
@@ -83,6 +86,7 @@ def unlearn(
         shard: applied to the copy before work starts, for models spread over processes (FSDP2's ``fully_shard`` and the
             like): a sharded model cannot be copied, so the copy comes first. Every process makes the same call; the first
             one writes, and no checkpoint is kept inside the run.
+        watch: measure the model along the run, for the record; the result does not change by a bit.
 
     Raises:
         Refused: for bad input or unmet needs, before any work.
@@ -98,13 +102,10 @@ def unlearn(
     check_request(request, task)
     check_model(model, request, task)
     teachers = {"original": model} if copy else {}
-    provided: set[str] = set()
-    for part in parts(stage):
-        if isinstance(part, Bound):
-            check_needs(part, request, teachers, provided)
-        provided.update(getattr(part, "provides", ()))
+    check_stage(stage, request, teachers)
     chosen = _scope(model, scope)
-    identity = _identity(name, stage, seed, model, request, task, chosen)
+    probes = None if watch is None else _probes(watch, request, task, seed)
+    identity = _identity(name, stage, seed, model, request, task, chosen, probes)
     if not runtime.same(identity):
         raise Refused("the processes of this run hold different models, data or settings: give each of them the same")
     folder = None if out is None else runtime.on_first(lambda: _open(Path(out), identity, model))
@@ -121,12 +122,17 @@ def unlearn(
         Key(seed),
         Meter(),
         Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None,
+        probes,
     )
+    start = _looked(case, probes)
     case = _run(stage, case)
     if not isinstance(case, Case):
         raise RunFailed(f"the stage returned a {type(case).__name__}: expected a Case, its own or replace(case, ...)")
     _say_if_unchanged(case, model if copy else None)
+    end = _looked(case, probes)
     record = _record(name, stage, seed, task, request, identity, case)
+    if probes is not None:
+        record["watched"] = {"start": start, "end": end}
     if folder is not None:
         with writing(folder):
             save_weights(case.model, folder / WEIGHTS)
@@ -182,6 +188,15 @@ def bounds(stage: Stage) -> Iterator[Bound]:
     return (part for part in parts(stage) if isinstance(part, Bound))
 
 
+def check_stage(stage: Stage, request: Request, teachers: Mapping[str, Any]) -> None:
+    """Refuse a stage of which some registered method needs what neither the request nor an earlier part has."""
+    provided: set[str] = set()
+    for part in parts(stage):
+        if isinstance(part, Bound):
+            check_needs(part, request, teachers, provided)
+        provided.update(getattr(part, "provides", ()))
+
+
 def check_request(request: Request, task: Task) -> None:
     """Refuse an empty or overlapping request, and data that the task cannot use."""
     if request.forget is None and not request.concepts:
@@ -207,7 +222,7 @@ def check_model(model: nn.Module, request: Request, task: Task) -> None:
         runtime.to_device(data.batch(torch.arange(min(2, len(data)))), runtime.device_of(model)), Key(0)
     )
     try:
-        with torch.no_grad(), eval_mode(model), lent_stream(Key(0)):
+        with torch.no_grad(), only_looked_at(model), lent_stream(Key(0)):
             loss = task.nll(model, batch)
     except Refused:
         raise
@@ -241,7 +256,14 @@ def _scope(model: nn.Module, scope: Scope | Sequence[str] | None) -> Scope:
 
 
 def _identity(
-    name: str, stage: Stage, seed: int, model: nn.Module, request: Request, task: Task, scope: Scope
+    name: str,
+    stage: Stage,
+    seed: int,
+    model: nn.Module,
+    request: Request,
+    task: Task,
+    scope: Scope,
+    probes: Probes | None = None,
 ) -> dict[str, Any]:
     """What makes two runs the same run."""
     data = {
@@ -261,6 +283,7 @@ def _identity(
         "weights": hash_tensors(tensors_of(model)),
         "scope": sorted(scope.masks),
         "masks": hash_tensors(masked) if masked else None,
+        "watch": None if probes is None else probes.describe(),
         "revision": revision(),
     }
 
@@ -302,7 +325,7 @@ def check_folder(folder: Path, needed: int = 1 << 20) -> Path:
             f"some, or give another out folder"
         )
     if not (folder / "run.json").exists():
-        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != REFERENCES)
         if strangers:
             raise Refused(
                 f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder"
@@ -332,7 +355,7 @@ def _open(folder: Path, identity: dict[str, Any], model: nn.Module) -> Path:
 
 
 def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Module] | None, stage: Stage) -> Outcome:
-    work = load_weights(_rebuilt(stage, model, folder / WEIGHTS), folder / WEIGHTS)
+    work = load_weights(rebuilt(stage, model, folder / WEIGHTS), folder / WEIGHTS)
     try:
         record = json.loads((folder / RECORD).read_text())
     except ValueError as error:
@@ -342,11 +365,11 @@ def _finished(folder: Path, model: nn.Module, shard: Callable[[nn.Module], nn.Mo
     return Outcome(work if shard is None else runtime.reshard(shard(work)), record)
 
 
-def _rebuilt(stage: Stage, model: nn.Module, weights: Path) -> nn.Module:
+def rebuilt(stage: Stage, model: nn.Module, weights: Path) -> nn.Module:
     """The structure that the stages left the model in: a bracket that adds to it (an input vector) has ``rebuilt``."""
     for part in parts(stage):
         if isinstance(part, Bound):
-            model = _rebuilt(part.stage, model, weights)
+            model = rebuilt(part.stage, model, weights)
         elif hasattr(part, "rebuilt"):
             model = part.rebuilt(model, read_tensors(weights))
     return model
@@ -360,6 +383,20 @@ def _run(stage: Stage, case: Case) -> Case:
             return whole(case)
         with writing(case.journal.folder, CannotWrite):  # any other is of the user's data or model
             return whole(case)
+
+
+def _probes(watch: Any, request: Request, task: Task, seed: int) -> Probes:
+    if not isinstance(watch, Watch):
+        raise Refused(f"watch is a {type(watch).__name__}: expected expunge.Watch(every=1)")
+    return watch.probes(request, task, seed)
+
+
+def _looked(case: Case, probes: Probes | None) -> dict[str, float]:
+    """What there is to see before the first stage and after the last, which may not be a step of a Descend."""
+    if probes is None:
+        return {}
+    with case.meter.timed(), case.meter.watch(case.model):
+        return probes.look(case)
 
 
 def _say_if_unchanged(case: Case, before: nn.Module | None) -> None:

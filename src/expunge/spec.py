@@ -21,9 +21,13 @@
     [run]
     out = "out/run"
     seed = 0
+    # watch = 1                           # measure accuracy (or loss) along the run, every so many steps
 
     [audit]
     retrained = 3                         # retrain this often without the forget set, and compare
+    # originals = 3                       # and this often with it; shadows = 16: on random halves
+    # unlearn = true                      # apply the method to each of those too
+    # train = "mine.py:train"             # the function (data, seed) -> model that trained the model
 
 Files that a run file names are looked for beside it; those on the command line, and ``run.out``, in the current folder.
 """
@@ -50,6 +54,7 @@ PATHS = (
     ("model", "weights"),
     ("model", "python"),
     ("audit", "weights"),
+    ("audit", "train"),
 )
 
 
@@ -108,13 +113,27 @@ class RunSection(Section):
     seed: WholeNumber = 0
     scope: list[str] | None = None
     every: Annotated[float, Field(ge=0)] = 20.0
+    watch: WholeNumber = 0
+    watch_examples: Annotated[int, Field(ge=1)] = 512
 
 
 class AuditSection(Section):
-    """References to compare with: models retrained without the forget set."""
+    """References to compare with: models retrained without the forget set, and others; see ``expunge.references``.
+
+    Without `train`, the model that the data bring is trained by a recipe: `epochs`, `lr` and `batch`. `folder` is where
+    the models are kept (references in the run's folder by default), to be shared between runs.
+    """
 
     retrained: WholeNumber = 0
+    originals: WholeNumber = 0
+    shadows: WholeNumber = 0
+    unlearn: bool = False
     weights: list[str] = Field(default_factory=list)
+    train: str | None = None
+    recipe: str = ""
+    folder: str | None = None
+    workers: Annotated[int, Field(ge=1)] = 1
+    ray: str | None = None
     epochs: Annotated[float, Field(gt=0)] = 20
     lr: Annotated[float, Field(gt=0)] = 0.05
     batch: Annotated[int, Field(ge=1)] = 64
@@ -122,7 +141,12 @@ class AuditSection(Section):
     @property
     def wanted(self) -> bool:
         """Whether there is anything to compare with."""
-        return bool(self.retrained or self.weights)
+        return bool(self.weights) or self.trained
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self.retrained or self.originals or self.shadows)
 
 
 class RunSpec(Section):
@@ -182,6 +206,15 @@ class RunSpec(Section):
             raise Refused(
                 f"{source}: [model] python belongs to data from files; [data] {given[0]} brings the architecture"
             )
+        recipe = sorted(self.audit.model_fields_set & {"epochs", "lr", "batch"})
+        if self.audit.train is not None and recipe:
+            raise Refused(
+                f"{source}: [audit] {recipe[0]} belongs to training by a recipe, and train names a function; remove one"
+            )
+        if self.audit.shadows == 1:
+            raise Refused(f"{source}: [audit] shadows should be 0 or at least 2, found 1")
+        if self.audit.unlearn and not (self.audit.originals or self.audit.shadows):
+            raise Refused(f"{source}: [audit] unlearn is applied to originals and shadows, and there are none")
         if self.audit.wanted and self.run.out is None:
             raise Refused(f'{source}: [audit] writes a report, so the run needs a folder: give [run] out = "out/NAME"')
         own = None if self.out is None else (self.out / WEIGHTS).resolve()

@@ -205,3 +205,27 @@ def test_a_model_that_keeps_more_than_tensors_in_its_state(tmp_path: Path) -> No
     for number, stage in enumerate((methods.retrain(epochs=1), methods.bad_teacher(steps=2), STEPS)):
         done = unlearn(net, split(arrays(), forget=[1]), task=TASK, method=stage, out=tmp_path / str(number))
     assert not torch.equal(weights(done.model), weights(net))
+
+
+class Counting(torch.nn.Module):
+    """Counts its calls in a buffer, in place and by a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("again", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.again = self.again + 1
+        return self.inner(x)
+
+
+def test_a_look_at_the_callers_model_leaves_its_buffers_alone() -> None:
+    model = Counting()
+    data = expunge.as_data((torch.randn(8, 2), torch.arange(8) % 2))
+    request = expunge.split(data, forget=[0, 1])
+    outcome = expunge.unlearn(model, request, task=expunge.Classification(2), method=expunge.methods.finetune(steps=1))
+    expunge.audit(expunge.Subject(model, outcome.model, request, expunge.Classification(2)))
+    assert model.calls == model.again == 0

@@ -52,9 +52,29 @@ _ABOVE = {
     "membership_auc": "under-forgot",
     "membership_auc_same_class": "under-forgot",
     "forget_margin_shift": "under-forgot",
+    "membership_tpr": "under-forgot",
     "lira": "under-forgot",
+    "lira_online": "under-forgot",
     "rmia": "under-forgot",
     "ulira": "under-forgot",
+    "lm_zlib": "under-forgot",
+    "lm_reference": "under-forgot",
+    "lm_min_k": "under-forgot",
+    "lm_min_k_plus": "under-forgot",
+    "lm_gradient_norm": "under-forgot",
+    "input_perturbation": "under-forgot",
+    "relearn": "under-forgot",
+    "relearn_benign": "under-forgot",
+    "quantised_forget_accuracy_int8": "under-forgot",
+    "quantised_forget_accuracy_int4": "under-forgot",
+    "pruned_forget_accuracy": "under-forgot",
+    "relearn_loss": "over-forgot",
+    "relearn_benign_loss": "over-forgot",
+    "quantised_forget_loss_int8": "over-forgot",
+    "quantised_forget_loss_int4": "over-forgot",
+    "pruned_forget_loss": "over-forgot",
+    "anamnesis": "over-forgot",
+    "linear_mode": "over-forgot",
     "attack_confidence": "over-forgot",
     "attack_entropy": "over-forgot",
     "forget_loss": "over-forgot",
@@ -195,8 +215,14 @@ def judged(reading: Reading, references: Sequence[Reading], tests: int) -> Readi
 
 def _clipped(reading: Reading, low: float, high: float) -> tuple[float, float]:
     """What the unit allows."""
-    ceiling = 100.0 if reading.unit == "%" else 1.0 if "auc" in reading.name else None
-    return (low, high) if ceiling is None else (max(0.0, low), min(ceiling, high))
+    top = ceiling(reading)
+    return (low, high) if top is None else (max(0.0, low), min(top, high))
+
+
+def ceiling(reading: Reading) -> float | None:
+    """The largest value that a share (%) or an area under a curve can have, above 0; None for other numbers."""
+    area = "auc" in reading.name or (reading.unit == "" and "roc" in reading.curves)
+    return 100.0 if reading.unit == "%" else 1.0 if area else None
 
 
 @dataclass(frozen=True)

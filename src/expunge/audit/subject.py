@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Batch, Data, Key, Refused, Request, Task, eval_mode
+from expunge.core import Batch, Data, Key, Refused, Request, Task, only_looked_at
 from expunge.data.sources import fingerprint
 from expunge.journal import described
 from expunge.store import Kept, Store
@@ -372,6 +372,20 @@ class Subject:
             return compute()
         return self.store.fill(self.address(model), self._data_address(name, data), compute)
 
+    def said(self, model: nn.Module, name: str) -> dict[str, np.ndarray]:
+        """What a model says of ``forget``, ``retain``, the whole ``test`` or extra data, as a store keeps it."""
+        return run(model.eval(), self.task, self._whole(name), self.batch, self.key.at("audit", name))
+
+    def data_address(self, name: str) -> str:
+        """Where a store keeps what models say of data called as in ``said``."""
+        return self._data_address(name, self._whole(name))
+
+    def _whole(self, name: str) -> Data:
+        data = self._test() if name == "test" else self.request.data(name)
+        if data is None:
+            raise Refused("this audit has no test data: give test=, or a request with valid data")
+        return data
+
     def address(self, model: Model) -> str:
         """The content address of a model: of its weights and its structure."""
         if isinstance(model, Kept):
@@ -400,7 +414,7 @@ def run(model: nn.Module, task: Task, data: Data, size: int, key: Key) -> dict[s
     """
     device, parts = runtime.device_of(model), []
     names = ("logits", "label") if classifies(task) else ("loss", "units")
-    with torch.no_grad(), eval_mode(model), torch.random.fork_rng():
+    with torch.no_grad(), only_looked_at(model), torch.random.fork_rng():
         torch.manual_seed(key.seed)
         for number, batch in enumerate(data.batches(size)):
             batch = task.prepare(runtime.to_device(batch, device), key.at("prepare", number))

@@ -1,4 +1,4 @@
-"""Three small real data sets that come with scikit-learn, each with a task, a network and a way to train it.
+"""Small data sets, each with a task, a network and a way to train it: three real ones of scikit-learn, one synthetic.
 
 They are for the demo, the tests and quick benchmarks: a run takes seconds on a laptop, and nothing is downloaded.
 """
@@ -150,7 +150,43 @@ def diabetes() -> Suite:
     return Suite("diabetes", train, test, Regression(), lambda: _dense(10, 32, 1), Recipe(lr=0.01))
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"breast_cancer": breast_cancer, "diabetes": diabetes, "digits": digits}
+PEOPLE, UNSEEN_PEOPLE, PICTURES, AGES, SIDE = 60, 40, 12, 4, 12
+
+
+def identities() -> Suite:
+    """Synthetic pictures of 100 people in four age groups, nobody in both train and test; a two-layer network. Not real.
+
+    A picture is a smooth pattern of the person's own, a fainter one of the age group, and noise. The person's age group
+    can be learnt by heart, which is what forgetting the person must undo. Column ``identity`` names the person.
+    """
+    from expunge.tasks.classification import Classification
+
+    rng = np.random.Generator(np.random.PCG64(Key(0).at("identities").seed))
+    people = PEOPLE + UNSEEN_PEOPLE
+    own, groups = _smooth(rng, people), _smooth(rng, AGES)
+    person = np.repeat(np.arange(people), PICTURES)
+    age = person % AGES
+    noise = rng.normal(0, 0.5, (len(person), SIDE, SIDE))
+    pictures = (own[person] + 0.6 * groups[age] + noise)[:, None].astype(np.float32)
+    everything = as_data({"x": pictures, "y": age, "identity": person})
+    unseen = torch.from_numpy(person >= PEOPLE)
+    train, test = everything.select(_where(~unseen)), everything.select(_where(unseen))
+    return Suite("identities", train, test, Classification(AGES), _flat, Recipe(epochs=20, lr=0.02))
+
+
+def _smooth(rng: np.random.Generator, count: int) -> np.ndarray:
+    """[count, SIDE, SIDE] sums of the lowest cosines, each with mean square 1."""
+    waves = np.cos(np.pi * np.arange(4)[:, None] * (np.arange(SIDE) + 0.5) / SIDE)
+    fields = np.einsum("nab,ah,bw->nhw", rng.normal(size=(count, 4, 4)), waves, waves)
+    return fields / np.sqrt(np.square(fields).mean((1, 2), keepdims=True))
+
+
+SUITES: dict[str, Callable[[], Suite]] = {
+    "breast_cancer": breast_cancer,
+    "diabetes": diabetes,
+    "digits": digits,
+    "identities": identities,
+}
 
 
 def suite(name: str) -> Suite:
@@ -197,5 +233,9 @@ def _convolutional() -> nn.Module:
     )
 
 
-def _dense(inputs: int, hidden: int, outputs: int) -> nn.Module:
+def _flat() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), *_dense(SIDE * SIDE, 64, AGES))
+
+
+def _dense(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))

@@ -90,7 +90,7 @@ def read_images(folder: str | Path, *, classes: Sequence[str] | None = None) -> 
             raise Refused(f"{folder / name} is a class that the training data does not have{did_you_mean(name, known)}")
         paths += found
         labels += [known.index(name)] * len(found)
-    shape = _common_shape(paths)
+    shape = common_shape(paths)
     rows = torch.arange(len(paths))
     return Loaded(Data(ImageFiles(paths, torch.tensor(labels), shape), rows, rows), known)
 
@@ -113,7 +113,7 @@ def _opened(path: Path) -> Any:
         raise Refused(f"{path} cannot be read as an image: replace it or take it out of the folder") from error
 
 
-def _common_shape(paths: Sequence[Path]) -> tuple[int, int, int]:
+def common_shape(paths: Sequence[Path]) -> tuple[int, int, int]:
     """Channels, height and width; sizes stand in the headers, so that no pixel is decoded here."""
     sizes: dict[tuple[int, int], Path] = {}
     modes: set[str] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,22 @@ from expunge.tasks.regression import CACHED
 IGNORED = -100
 """The label of a token that is not part of the answer, and the filler of a refusal shorter than the longest."""
 COLUMNS = ("input_ids", "attention_mask", "labels")
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What a model says of each token, [b, T-1] in the order of ``CausalLM.labels``; 0 where `mask` is False.
+
+    Attributes:
+        log_probs: log p of the token that follows, nats.
+        mean: expected log p of a token drawn from the model itself, sum_v p_v log p_v. variance: of the same, >= 0.
+        mask: True on answer tokens.
+    """
+
+    log_probs: Tensor
+    mean: Tensor
+    variance: Tensor
+    mask: Tensor
 
 
 @task
@@ -42,6 +58,7 @@ class CausalLM:
         call: ``(model, batch) -> logits [b, T, V]`` for a model of another shape. By default the model is called with
             ``input_ids`` and ``attention_mask`` (as far as it takes them by name) and returns logits, or has them as
             ``.logits`` or ``["logits"]``.
+        decode: token ids of one answer -> its text, for attacks that need text (zlib). It changes nothing else.
 
     Raises:
         Refused: for fewer than two tokens, or refusals that are empty or outside the vocabulary.
@@ -50,6 +67,7 @@ class CausalLM:
     vocab: int
     refusals: tuple[tuple[int, ...], ...] = ()
     call: Callable[[nn.Module, Batch], Tensor] | None = None
+    decode: Callable[[Sequence[int]], str] | None = field(default=None, repr=False)
     name: str = field(default="causal_lm", init=False)
     unit: str = field(default="nats per answer token", init=False)
     stochastic: bool = field(default=False, init=False)
@@ -118,6 +136,25 @@ class CausalLM:
         """[b, T-1] nats in float32 (or the model's float64), 0 where ``labels`` is -100."""
         logits, labels = _wide(self.logits(model, batch)), self.labels(batch)
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+
+    def token_statistics(self, model: nn.Module, batch: Batch) -> TokenStatistics:
+        """Log-probability of each answer token, and mean and variance of log p over the vocabulary at its place.
+
+        Only rows of logits that are judged are widened, so a long prompt costs no vocabulary-sized memory of its own.
+        The variance is that of deviations from the mean, not a difference of squares, which cancels where the model
+        is sure.
+        """
+        labels = self.labels(batch)
+        mask = labels != IGNORED
+        logs = F.log_softmax(_wide(self.logits(model, batch)[mask]), -1)
+        chosen = logs.gather(1, labels[mask][:, None]).squeeze(1)
+        weight = logs.exp()
+        logs = torch.where(weight > 0, logs, torch.zeros_like(logs))  # a token ruled out has p log p = 0, not NaN
+        mean = (weight * logs).sum(1)
+        variance = (weight * (logs - mean[:, None]).square_()).sum(1)
+        empty = torch.zeros(mask.shape, dtype=logs.dtype, device=logs.device)
+        log_probs, mean, variance = (empty.masked_scatter(mask, part) for part in (chosen, mean, variance))
+        return TokenStatistics(log_probs, mean, variance, mask)
 
     def nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """[b] nats, summed over answer tokens: -log p(answer | prompt)."""
