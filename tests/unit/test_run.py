@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import expunge
 from expunge import Classification, Descend, Refused, RunFailed, load_weights, methods, save_weights, split, unlearn
 from expunge.meter import Meter
 from expunge.objectives import L1, NLL
