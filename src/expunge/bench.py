@@ -20,12 +20,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from expunge.core import Key, Refused, Request, Stage
 from expunge.data import builtin
@@ -33,13 +35,12 @@ from expunge.data.builtin import Suite
 from expunge.data.sources import fingerprint
 from expunge.data.split import split
 from expunge.journal import write_bytes
-from expunge.perform import references
 from expunge.progress import progress
+from expunge.references import references
 from expunge.registry import did_you_mean
 from expunge.run import unlearn, writing
-from expunge.spec import AuditSection, MethodSection, Section, WholeNumber, checked, read_toml
+from expunge.spec import MethodSection, Section, WholeNumber, checked, read_toml
 from expunge.version import __version__, revision
-from expunge.workload import Workload
 
 SUITES, RESULTS = Path("bench/suites"), Path("bench/results")
 
@@ -141,6 +142,28 @@ def _request(suite: Suite, request: str | list[int] | Drawn, seed: int) -> Reque
     return split(suite.train, suite.train.ids[order[: request.random]])
 
 
+def _retrained(
+    suite: Suite, request: Request, count: int, seed: int
+) -> tuple[list[nn.Module], tuple[Mapping[str, Any], ...]]:
+    """References, one after the other, so that their seconds are what a method's are compared with."""
+    if not count:
+        return [], ()
+    with tempfile.TemporaryDirectory() as folder:
+        found = references(
+            suite.recipe,
+            suite.train,
+            request,
+            task=suite.task,
+            make=suite.make,
+            folder=folder,
+            retrained=count,
+            seed=seed,
+            workers=1,
+            fill=(),
+        )
+        return [model.load() for model in found.retrained], found.records
+
+
 def _rows(
     spec: BenchSpec, suite: Suite, stages: dict[str, Stage], request: Request, seed: int
 ) -> Iterator[dict[str, Any]]:
@@ -148,10 +171,7 @@ def _rows(
     from expunge.audit import compare
 
     original = suite.fit(seed=seed)
-    workload = Workload(suite.train, suite.task, lambda _: original, suite.test, None, suite.make, suite.recipe)
-    models, records = references(
-        AuditSection(retrained=spec.retrained), workload, request, original, 1000 * (seed + 1), None
-    )
+    models, records = _retrained(suite, request, spec.retrained, 1000 * (seed + 1))
     outcomes = {
         name: unlearn(original, request, task=suite.task, method=stage, seed=seed) for name, stage in stages.items()
     }

@@ -1,4 +1,4 @@
-"""The command line: demo, run, audit, bench, list, explain.
+"""The command line: demo, run, audit, reference, bench, list, explain.
 
 Exit status: 0 done, 1 a run that failed, 2 bad input or use, 3 a gate that an audit did not pass. Errors are one
 sentence on stderr. What is heavy is imported inside the commands, so that ``expunge --help`` answers at once.
@@ -75,7 +75,7 @@ def _status(error: Exception) -> int | None:
 
 def _sentence(error: Exception) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
-        return "say what to do: demo, run, audit, bench, list or explain; --help tells more"
+        return "say what to do: demo, run, audit, reference, bench, list or explain; --help tells more"
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(message.split())
 
@@ -197,6 +197,42 @@ def audit(
     else:
         _print(*_report_parts(report), f"written to {out}")
     return _gated(report) if gate else DONE
+
+
+@app.command()
+def reference(
+    file: Annotated[Path, typer.Argument(help="The run file that names data, task, request and training.")],
+    overrides: Overrides = None,
+    retrained: Annotated[int | None, typer.Option(help="Models without the forget data.")] = None,
+    originals: Annotated[int | None, typer.Option(help="Models with all data.")] = None,
+    shadows: Annotated[int | None, typer.Option(help="Models on random halves of the data.")] = None,
+    unlearn: Annotated[bool, typer.Option("--unlearn", help="Apply the method to originals and shadows too.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine; 2 by default.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, in place of processes.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the models and what they say.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the models that an audit is judged by, each once."""
+    from expunge.perform import reference_folder, train_references
+    from expunge.spec import AuditSection, RunSpec, checked
+
+    spec = RunSpec.read(file, overrides or ())
+    asked: dict[str, Any] = {"retrained": retrained, "originals": originals, "shadows": shadows, "workers": workers}
+    asked |= {"unlearn": unlearn or None, "ray": ray, "folder": out}
+    given = {name: value for name, value in asked.items() if value is not None}
+    section = {"workers": 2, **spec.audit.model_dump(exclude_unset=True), **given}
+    spec = spec.model_copy(update={"audit": checked(AuditSection, section, "the command line")})
+    folder, (_, rows) = reference_folder(spec, Path("out")), train_references(spec)
+    if as_json:
+        _print_json({"out": str(folder), "references": rows})
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    _print(_table(names, cells), f"written to {folder}")
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 @app.command()

@@ -411,6 +411,23 @@ def sum_gradient(case: Case, objective: Objective, batch: Batch) -> Grads:
     return case.scope.cut(runtime.gradient(parameters), case.model)
 
 
+def gradient_graph(loss: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Grads:
+    """Gradient of a scalar loss in `parameters`, with its graph: for an objective that is a function of a gradient.
+
+    Differentiating that objective differentiates twice: `loss` runs with the math attention kernel, which can be. A
+    name that the loss does not depend on is absent.
+
+    Args:
+        loss: run once here.
+        parameters: name -> tensor that requires a gradient.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        found = torch.autograd.grad(loss(), list(parameters.values()), create_graph=True, allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}
+
+
 class _PerExample(nn.Module):
     """The objective as a module, so that ``functional_call`` can swap the model's parameters."""
 

@@ -1,29 +1,28 @@
-"""Run a run file: train or load, forget, retrain references, audit, and leave the evidence in one folder."""
+"""Run a run file: train or load, forget, train references, audit, and leave the evidence in one folder."""
 
 from __future__ import annotations
 
 import copy as copying
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from expunge.core import Key, Refused, Request
-from expunge.data.builtin import Recipe, fresh, train_counted
-from expunge.data.sources import fingerprint
-from expunge.journal import write_bytes
-from expunge.progress import progress
-from expunge.run import RECORD, WEIGHTS, Outcome, check_folder, check_model, unlearn, writing
+from expunge.core import Refused, Request
+from expunge.data.builtin import Recipe, fresh
+from expunge.references import References, references
+from expunge.run import RECORD, REFERENCES, WEIGHTS, Outcome, check_folder, check_model, unlearn, writing
 from expunge.spec import AuditSection, RunSpec
-from expunge.weights import load_weights, save_weights
-from expunge.workload import Workload, load, request_of
+from expunge.store import Store
+from expunge.trainer import Train
+from expunge.watch import Watch
+from expunge.weights import load_weights
+from expunge.workload import Workload, function, load, request_of
 
 if TYPE_CHECKING:
     from expunge.audit import Report
-
-REFERENCES = "references"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def perform(spec: RunSpec) -> Performed:
     stage = spec.method.stage()
     workload = load(spec)
     request = request_of(workload, spec.request.forget, spec.request.retain)
-    check_references(spec.audit, workload)
+    check_makeable(spec.audit, workload)
     if spec.out is not None:
         check_folder(spec.out)
     model = workload.trained(spec.run.seed)
@@ -66,6 +65,7 @@ def perform(spec: RunSpec) -> Performed:
         out=spec.out,
         scope=spec.run.scope,
         every=spec.run.every,
+        watch=_watch(spec, workload),
     )
     report = None
     if spec.audit.wanted and spec.out is not None:
@@ -73,12 +73,22 @@ def perform(spec: RunSpec) -> Performed:
     return Performed(outcome, report, spec.out)
 
 
-def check_references(section: AuditSection, workload: Workload) -> None:
+def _watch(spec: RunSpec, workload: Workload) -> Watch | None:
+    """What the run file asks to be measured along the run."""
+    if not spec.run.watch:
+        return None
+    further = {} if workload.test is None else {"test": workload.test}
+    return Watch(spec.run.watch, spec.run.watch_examples, further)
+
+
+def check_makeable(section: AuditSection, workload: Workload) -> None:
     """Refuse references that cannot be made, before anything else is."""
-    if section.retrained and workload.make is None:
+    if section.train is not None:
+        function(section.train)
+    if section.trained and workload.make is None and section.train is None:
         raise Refused(
             "references cannot be retrained: the data's function returns no make, which builds a fresh network; add "
-            "it, or give [audit] weights with retrained models"
+            "it, or give [audit] train with the function that trains, or weights with retrained models"
         )
     for path in section.weights:
         if not Path(path).is_file():
@@ -95,79 +105,106 @@ def judged(
     record: dict[str, Any] | None,
 ) -> Report:
     """Audit against the references that the run file asks for, and write the report into the folder."""
-    from expunge.audit import Subject, audit
+    from expunge.audit import audit
+    from expunge.audit.genuine import check_references
 
-    kept = (spec.out or folder) / REFERENCES
-    models, records = references(spec.audit, workload, request, before, spec.run.seed, kept)
-    subject = Subject(
+    files = tuple(load_weights(_blank(workload, before), path).eval() for path in spec.audit.weights)
+    found = trained_references(spec, workload, request, before, reference_folder(spec, folder))
+    subject = found.subject(
         before,
         after,
         request,
         workload.task,
         workload.test,
-        tuple(models),
-        workload.names,
-        record,
-        tuple(records),
-        Key(spec.run.seed),
+        retrained=(*files, *found.retrained),
+        names=workload.names,
+        record=record,
     )
+    check_references(subject)
     report = audit(subject)
     with writing(folder):
         report.save(folder)
     return report
 
 
-def references(
-    section: AuditSection, workload: Workload, request: Request, like: nn.Module, seed: int, folder: Path | None
-) -> tuple[list[nn.Module], list[dict[str, float]]]:
-    """Models that never saw the forget data: read from the files given, then retrained; and what retraining cost.
+def reference_folder(spec: RunSpec, folder: Path) -> Path:
+    """Where references are kept: as the run file says, or in the folder of the run (or of the audit)."""
+    return (spec.out or folder) / REFERENCES if spec.audit.folder is None else Path(spec.audit.folder)
 
-    Retrained ones are kept in the folder and read back where the same is asked for again.
+
+def trained_references(
+    spec: RunSpec, workload: Workload, request: Request, like: nn.Module, folder: Path
+) -> References:
+    """The models that the run file asks for, trained where they are not in the folder yet."""
+    section = spec.audit
+    if not section.trained:
+        return References(Store(folder / "outputs"), spec.run.seed)
+    return references(
+        _training(section, workload),
+        workload.train,
+        request,
+        task=workload.task,
+        make=workload.make or like,
+        folder=folder,
+        retrained=section.retrained,
+        originals=section.originals,
+        shadows=section.shadows,
+        method=spec.method.stage() if section.unlearn else None,
+        test=workload.test,
+        seed=spec.run.seed,
+        workers=section.workers,
+        ray=section.ray,
+        recipe=section.recipe,
+    )
+
+
+def _training(section: AuditSection, workload: Workload) -> Train | Recipe:
+    """The user's function, or the data's own recipe with what the run file changes of it."""
+    if section.train is not None:
+        return function(section.train)
+    if workload.recipe is None:
+        return Recipe(epochs=section.epochs, lr=section.lr, batch=section.batch)
+    changed = section.model_fields_set & {"epochs", "lr", "batch"}
+    return replace(workload.recipe, **{name: getattr(section, name) for name in changed})
+
+
+def train_references(spec: RunSpec) -> tuple[References, list[dict[str, Any]]]:
+    """Train what ``[audit]`` of a run file asks for, and nothing else; and what was done, one mapping per role.
+
+    Raises:
+        Refused: for bad input, before any training. RunFailed: for a model that cannot be made.
     """
-    models: list[nn.Module] = []
-    records: list[dict[str, float]] = []
-    for path in section.weights:
-        models.append(load_weights(_blank(workload, like), path).eval())
-    if not section.retrained or workload.make is None or request.retain is None:
-        return models, records
-    recipe = workload.recipe or Recipe(epochs=section.epochs, lr=section.lr, batch=section.batch)
-    if workload.recipe is not None and section.model_fields_set & {"epochs", "lr", "batch"}:
-        changed = {
-            name: getattr(section, name) for name in ("epochs", "lr", "batch") if name in section.model_fields_set
-        }
-        recipe = replace(workload.recipe, **changed)
-    with progress("retraining references", section.retrained) as show:
-        for number in range(section.retrained):
-            model, record = _reference(workload, request, seed + 1 + number, recipe, folder)
-            models.append(model)
-            records.append(record)
-            show(number + 1)
-    return models, records
+    section = spec.audit
+    if not section.trained:
+        raise Refused("nothing to train: give --retrained 3, --originals or --shadows, or the same in [audit]")
+    workload = load(spec)
+    request = request_of(workload, spec.request.forget, spec.request.retain)
+    check_makeable(section, workload)
+    like = workload.trained(spec.run.seed) if workload.make is None else fresh(workload.make, 0)
+    found = trained_references(spec, workload, request, like, reference_folder(spec, Path("out")))
+    return found, summary(found, workload, request)
+
+
+def summary(found: References, workload: Workload, request: Request) -> list[dict[str, Any]]:
+    """Per role: how many models, how many of them were trained just now, seconds each, and how right they are."""
+    rows = []
+    for role in dict.fromkeys(entry.role for entry in found.ledger):
+        entries = [entry for entry in found.ledger if entry.role == role]
+        subject = found.subject(entries[0].model, entries[0].model, request, workload.task, workload.test)
+        new = sum(entry.fresh for entry in entries)
+        seconds = sum(entry.seconds for entry in entries) / len(entries)
+        row = {"role": role, "models": len(entries), "trained": new, "reused": len(entries) - new, "seconds": seconds}
+        for name in (name for name in ("forget", "retain", "test") if subject.has(name)):
+            said = [subject.outputs(name, entry.model) for entry in entries]
+            right = [100 * float(one.correct.mean()) for one in said if one.correct is not None]
+            values = right or [float(one.loss.mean()) for one in said]
+            row[f"{name} {'accuracy' if right else 'loss'}"] = sum(values) / len(values)
+        rows.append(row)
+    return rows
 
 
 def _blank(workload: Workload, like: nn.Module) -> nn.Module:
     return copying.deepcopy(like) if workload.make is None else fresh(workload.make, 0)
-
-
-def _reference(
-    workload: Workload, request: Request, seed: int, recipe: Recipe, folder: Path | None
-) -> tuple[nn.Module, dict[str, float]]:
-    """One retrained model; kept as weights and a JSON file that says of what."""
-    if workload.make is None or request.retain is None:
-        raise Refused("retraining needs a function that builds a fresh network, and data to retain")
-    if folder is None:
-        return train_counted(workload.make, request.retain, workload.task, seed, recipe)
-    identity = {"retain": fingerprint(request.retain), "recipe": asdict(recipe), "seed": seed}
-    weights, about = folder / f"retrained-{seed}.safetensors", folder / f"retrained-{seed}.json"
-    if weights.is_file() and about.is_file():
-        known = json.loads(about.read_text())
-        if known.get("identity") == identity:
-            return load_weights(fresh(workload.make, seed), weights).eval(), known["cost"]
-    model, cost = train_counted(workload.make, request.retain, workload.task, seed, recipe)
-    with writing(folder):
-        save_weights(model, weights)
-        write_bytes(about, json.dumps({"identity": identity, "cost": cost}, indent=1).encode())
-    return model, cost
 
 
 def audit_files(spec: RunSpec, after: str | None, before: str | None, retrained: list[str], folder: Path) -> Report:
@@ -186,7 +223,7 @@ def audit_files(spec: RunSpec, after: str | None, before: str | None, retrained:
     spec = spec.model_copy(update={"audit": section})
     workload = load(spec)
     request = request_of(workload, spec.request.forget, spec.request.retain)
-    check_references(section, workload)
+    check_makeable(section, workload)
     path = after or (None if spec.out is None else str(spec.out / WEIGHTS))
     if path is None or not Path(path).is_file():
         where = "" if path is None else f" at {path}"

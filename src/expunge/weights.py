@@ -22,11 +22,21 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
 
     With several processes each must call it; the first one writes.
     """
-    tensors = {
+    tensors = _whole(model)
+    runtime.on_first(lambda: write_bytes(Path(path), save(tensors, metadata={"format": "pt"})))
+
+
+def packed(model: nn.Module) -> bytes:
+    """The content of the file that ``save_weights`` writes; for one process."""
+    return save(_whole(model), metadata={"format": "pt"})
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the CPU, tied ones once."""
+    return {
         name: runtime.whole(t.detach()).cpu().contiguous()
         for name, t in (*model.named_parameters(), *model.named_buffers())
     }
-    runtime.on_first(lambda: write_bytes(Path(path), save(tensors, metadata={"format": "pt"})))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 from torch import Tensor, nn
 
 from expunge.core import Data, Refused, Request, Task
@@ -146,7 +148,7 @@ def function(reference: str) -> Callable[..., Any]:
     found = getattr(_calling(file, lambda: _module(file)), name, None)
     if not callable(found):
         raise Refused(f"{file} has no function {name!r}: define it, or name another one")
-    return lambda *args: _calling(file, lambda: found(*args))
+    return functools.wraps(found)(lambda *args: _calling(file, lambda: found(*args)))
 
 
 def _module(file: Path) -> Any:
@@ -156,6 +158,7 @@ def _module(file: Path) -> Any:
         raise Refused(f"{file} is not a Python file: expected FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(description)
     sys.modules[name] = module  # dataclasses look their module up
+    cloudpickle.register_pickle_by_value(module)  # other processes cannot import it
     sys.path.insert(0, str(file.parent.resolve()))
     try:
         description.loader.exec_module(module)

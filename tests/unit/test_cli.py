@@ -85,7 +85,7 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from expunge.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert all(command in found.stdout for command in ("demo", "run", "audit", "bench", "list", "explain"))
+    assert all(command in found.stdout for command in ("demo", "run", "audit", "reference", "bench", "list", "explain"))
 
 
 def test_a_run_gives_the_bits_that_the_library_gives(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -174,9 +174,8 @@ def test_the_gate_opens_for_a_retrained_model_and_closes_for_one_that_forgot_not
     assert main([*arguments, "--after", "before.safetensors", "--out", "bad"]) == 3
     assert "not forgotten" in capsys.readouterr().err
     assert {"report.json", "report.html"} <= {path.name for path in (folder / "bad").iterdir()}
-    assert {f"retrained-{seed}.safetensors" for seed in (8, 9, 10)} <= {
-        p.name for p in (folder / "out/references").iterdir()
-    }
+    abouts = [json.loads(path.read_text()) for path in (folder / "out/references/models").glob("*.json")]
+    assert sorted(about["identity"]["seed"] for about in abouts) == [8, 9, 10]
 
 
 def test_a_run_with_references_writes_a_report_and_the_gate_reads_it(
@@ -186,13 +185,13 @@ def test_a_run_with_references_writes_a_report_and_the_gate_reads_it(
     report = json.loads((folder / "out/report.json").read_text())
     row = next(row for row in report["rows"] if row["kind"] == "method")
     assert row["readings"]["forget_accuracy"]["value"] > 90
-    first = (folder / "out/references/retrained-8.safetensors").stat().st_mtime_ns
+    models = folder / "out/references/models"
+    first = {path.name: path.stat().st_mtime_ns for path in models.glob("*.safetensors")}
+    assert len(first) == 2
     assert main(["run", "run.toml", "audit.retrained=2", "method.steps=1"]) == 0
-    assert (folder / "out/references/retrained-8.safetensors").stat().st_mtime_ns == first, "it is read back"
+    assert {path.name: path.stat().st_mtime_ns for path in models.glob("*.safetensors")} == first, "they are read back"
     assert main(["run", "run.toml", "audit.retrained=2", "method.steps=1", "audit.epochs=1"]) == 0
-    assert (folder / "out/references/retrained-8.safetensors").stat().st_mtime_ns > first, (
-        "another recipe, another model"
-    )
+    assert len(list(models.glob("*.safetensors"))) == 4, "another recipe, other models"
 
 
 @pytest.mark.parametrize(("error", "status"), [(RunFailed("it stopped"), 1), (KeyboardInterrupt(), 130)])
@@ -345,7 +344,9 @@ def test_generated_pages_and_their_check(generate: ModuleType, tmp_path: Path, c
 
 def test_without_a_command_it_says_what_there_is_in_one_sentence(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 2
-    assert capsys.readouterr().err.startswith("expunge: say what to do: demo, run, audit, bench, list or explain")
+    assert capsys.readouterr().err.startswith(
+        "expunge: say what to do: demo, run, audit, reference, bench, list or explain"
+    )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"expunge {expunge.__version__}\n"
 

@@ -1,6 +1,6 @@
 """What steering needs to know of the original model, learnt once, and the two pushes that can be given to another.
 
-Where: a layer three quarters up. Along what: latents of a class in an autoencoder of the original's activations. How
+Where: the layer three quarters up; in a network of blocks, the output of a block. Along what: latents of a class in an autoencoder of the original's activations. How
 far: their average code over examples that are not judged.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expunge.attacks.sae import TopKSAE, class_latents, explained, pooled_codes, train_sae
-from expunge.audit.layers import Layer, activations, as_tokens, find_layers, from_tokens, sample, shuffled
+from expunge.audit.layers import Layer, activations, as_tokens, find_layers, from_tokens, sample, shuffled, trunk
 from expunge.audit.subject import Subject, classifies
 from expunge.audit.transfer import labels_of
 from expunge.core import Data, Key, Refused
@@ -113,7 +113,7 @@ def plan_of(subject: Subject) -> Plan | None:
 def _made(subject: Subject) -> Plan | None:
     key, opened = subject.key.at("restoration"), subject.opened(subject.before)
     forget, retain = subject.data("forget"), subject.data("retain")
-    layers = find_layers(opened, subject.task, forget, key=key)
+    layers = trunk(opened, find_layers(opened, subject.task, forget, key=key))
     if not layers:
         return None
     number = math.ceil(DEPTH * len(layers))

@@ -6,6 +6,7 @@ the same distance of every retrained model to the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 from expunge.audit import intervals
 from expunge.audit.subject import Model, Outputs, Reading, Subject
 from expunge.registry import measure
+
+_KEPT = 1 << 26  # resampling weights that are kept for all models; more are drawn anew for each
 
 
 @measure
@@ -23,6 +26,10 @@ def average_gap(subject: Subject) -> Reading | None:
     has no labels, are in percent of the loss of knowing nothing. The interval resamples the retrained models, then the
     examples (the same for every model); with few retrained models it is too narrow. The reference is the floor: each
     retrained model against the others. A gap within the floor does not prove that anything was forgotten.
+
+    In the detail: the signed part of each metric; ``same_number``, the gap to as many retrained models as the floor has
+    to compare with (one fewer); ``standardised``, the gap with each part in retrained standard deviations, so that the
+    part that varies most does not decide.
     """
     return _gap_reading(subject, "average_gap", each=False)
 
@@ -39,13 +46,13 @@ def forget_output_distance(subject: Subject) -> Reading | None:
 
     Where a task has no classes, the mean absolute difference of the loss per unit. Bootstrap interval over examples.
     """
-    return _distance_reading(subject, "forget_output_distance", "forget")
+    return distance_reading(subject, "forget_output_distance", "forget", "js", _between)
 
 
 @measure
 def test_output_distance(subject: Subject) -> Reading | None:
     """The same on test examples: what else changed."""
-    return _distance_reading(subject, "test_output_distance", "test")
+    return distance_reading(subject, "test_output_distance", "test", "js", _between)
 
 
 test_output_distance.__test__ = False  # its name begins as a test's does
@@ -160,7 +167,13 @@ def _samples(subject: Subject, model: Model, name: str) -> np.ndarray:
     data = name.split("_")[0]
     outputs = subject.outputs(data, model)
     if outputs.correct is not None:
-        return 100 * intervals.resampled_mean(outputs.correct, subject.draws, key.at(data))
+        if subject.draws * len(outputs) > _KEPT:
+            return 100 * intervals.resampled_mean(outputs.correct, subject.draws, key.at(data))
+        return (
+            100
+            * (_weights(subject, data, len(outputs)) @ outputs.correct.astype(np.float32))
+            / np.float64(len(outputs))
+        )
     return (
         100
         / chance(subject)
@@ -168,10 +181,30 @@ def _samples(subject: Subject, model: Model, name: str) -> np.ndarray:
     )
 
 
+def _weights(subject: Subject, data: str, size: int) -> np.ndarray:
+    """[draws, size] float32: how often each example is in each resample. Sums of counts of right answers are exact."""
+
+    def count() -> np.ndarray:
+        blocks = intervals.choices(size, subject.draws, subject.key.at("resample").at(data))
+        return np.concatenate([_tally(block, size) for block in blocks]).astype(np.float32)
+
+    return subject.cache.get(subject.request, f"weights {data} {subject.draws} {subject.key.seed}", count)
+
+
+def _tally(block: np.ndarray, size: int) -> np.ndarray:
+    """[k, size] how often each position is in each row of a block [k, drawn]."""
+    flat = block + np.arange(len(block))[:, None] * size
+    return np.bincount(flat.ravel(), minlength=len(block) * size).reshape(len(block), size)
+
+
 def _picks(subject: Subject, count: int) -> np.ndarray:
     """[draws, count] the weight of each retrained model in each resample; rows sum to 1."""
-    drawn = np.concatenate(list(intervals.choices(count, subject.draws, subject.key.at("retrained", count))))
-    return np.stack([(drawn == number).mean(1) for number in range(count)], axis=1)
+
+    def draw() -> np.ndarray:
+        blocks = intervals.choices(count, subject.draws, subject.key.at("retrained", count))
+        return np.concatenate([_tally(block, count) for block in blocks]) / count
+
+    return subject.cache.get(subject.request, f"picks {count} {subject.draws} {subject.key.seed}", draw)
 
 
 @dataclass(frozen=True)
@@ -211,6 +244,7 @@ def _gap_reading(subject: Subject, name: str, each: bool) -> Reading | None:
     low, high = intervals.distance_interval(gap.value, gap.noise)
     signed = points(subject, subject.after) - np.mean([points(subject, m) for m in subject.retrained], axis=0)
     detail = {part: float(value) for part, value in zip(metrics(subject), signed, strict=True)}
+    detail |= _comparable(subject, each)
     level = floor(subject, each)
     if level is None:
         return Reading(name, gap.value, low, high, count, "points", "lower", detail=detail)
@@ -229,10 +263,34 @@ def _gap_reading(subject: Subject, name: str, each: bool) -> Reading | None:
     )
 
 
-def _distances(subject: Subject, data: str) -> np.ndarray:
-    """[n] mean over the retrained models of the distance of outputs."""
-    mine = subject.outputs(data)
-    return np.mean([_between(mine, subject.outputs(data, model)) for model in subject.retrained], axis=0)
+def _comparable(subject: Subject, each: bool) -> dict[str, float]:
+    """The gap to one retrained model fewer, as in the floor, and the gap in retrained standard deviations."""
+    count, mine = len(subject.retrained), points(subject, subject.after)
+    if count < 2:
+        return {}
+    theirs = np.stack([points(subject, model) for model in subject.retrained])
+    fewer = theirs if each else (theirs.sum(0) - theirs) / (count - 1)
+    found = {"same_number": float(np.abs(mine - fewer).mean())}
+    if count < 3:
+        return found
+    chance_of_examples = np.mean([resampled(subject, model).var(0) for model in subject.retrained], axis=0)
+    deviation = np.sqrt(((count - 1) * theirs.var(0, ddof=1) + chance_of_examples) / count)
+    known = deviation > 0
+    gaps = np.abs(mine - (theirs if each else theirs.mean(0)[None]))
+    if known.any():
+        found["standardised"] = float((gaps[:, known] / deviation[known]).mean())
+    return found
+
+
+Between = Callable[[Outputs, Outputs], np.ndarray]
+"""Distance per example [n] of two models' outputs; the same whichever comes first."""
+
+
+def _pair(subject: Subject, data: str, kind: str, between: Between, one: Model, other: Model) -> np.ndarray:
+    """[n] the distance of two models, computed once however many readings need it."""
+    first, second = sorted((one, other), key=id)  # the cache holds both models, so their identities stay
+    ours, theirs = subject.outputs(data, first), subject.outputs(data, second)
+    return subject.cache.get(first, f"distance {kind} {data} {id(second)}", lambda: between(ours, theirs))
 
 
 def _between(mine: Outputs, theirs: Outputs) -> np.ndarray:
@@ -241,19 +299,29 @@ def _between(mine: Outputs, theirs: Outputs) -> np.ndarray:
     return jensen_shannon(mine.probabilities, theirs.probabilities)
 
 
-def _distance_reading(subject: Subject, name: str, data: str) -> Reading | None:
+def distance_reading(subject: Subject, name: str, data: str, kind: str, between: Between) -> Reading | None:
+    """Mean distance per example to each retrained model, beside that of each retrained model to the others.
+
+    Args:
+        name: of the measure. data: as ``Subject.outputs``. kind: names `between`, for what is kept of it.
+        between: the distance per example, symmetric.
+    """
     if not subject.retrained or not subject.has(data):
         return None
-    each = _distances(subject, data)
+    each = np.mean([_pair(subject, data, kind, between, subject.after, m) for m in subject.retrained], axis=0)
     low, high = intervals.percentile(intervals.resampled_mean(each, subject.draws, subject.key.at("resample", data)))
     unit = "" if subject.outputs(data).probabilities is not None else subject.task.unit
     count = len(subject.retrained)
     if count < 2:
         return Reading(name, float(each.mean()), low, high, len(each), unit, "lower")
-    between = [float(_distances(subject.held_out(number), data).mean()) for number in range(count)]
-    band = intervals.next_interval(between) if count > 2 else (min(between), max(between))
+    table = np.zeros((count, count))
+    for i, j in zip(*np.triu_indices(count, 1), strict=True):
+        pair = _pair(subject, data, kind, between, subject.retrained[i], subject.retrained[j])
+        table[i, j] = table[j, i] = pair.mean()
+    floors = table.sum(1) / (count - 1)
+    band = intervals.next_interval(floors) if count > 2 else (float(floors.min()), float(floors.max()))
     band = (max(0.0, band[0]), band[1])
     verdict = "outside" if low > band[1] else "within"
     return Reading(
-        name, float(each.mean()), low, high, len(each), unit, "lower", band, verdict, {"floor": float(np.mean(between))}
+        name, float(each.mean()), low, high, len(each), unit, "lower", band, verdict, {"floor": float(floors.mean())}
     )

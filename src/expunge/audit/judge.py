@@ -40,7 +40,7 @@ EXPECTED_FAILURES, SURPRISE = (
 )  # held-out retrained models: a rate that is fine, and when we no longer believe it
 
 DECISIVE = (
-    *("forget_accuracy", "forget_loss", "forget_margin_shift", "membership_auc"),
+    *("forget_accuracy", "forget_loss", "forget_margin_shift", "recall", "membership_auc"),
     *("retain_accuracy", "retain_loss", "test_accuracy", "test_loss"),
 )
 """The measures that decide. With every measure some would leave its band by chance."""
@@ -52,6 +52,7 @@ _ABOVE = {
     "membership_auc": "under-forgot",
     "membership_auc_same_class": "under-forgot",
     "forget_margin_shift": "under-forgot",
+    "recall": "under-forgot",
     "membership_tpr": "under-forgot",
     "lira": "under-forgot",
     "lira_online": "under-forgot",
@@ -284,7 +285,7 @@ def _word(different: Sequence[Equivalence]) -> Word | None:
     """Forget accuracy first, then utility, then the finer signs: a ruined model knows nothing, whatever its margins."""
     words = {test.name: test.word for test in different}
     named = {"under-forgot": "not forgotten", "over-forgot": "over-forgotten", "lost utility": "over-forgotten"}
-    order = ("forget_accuracy", "forget_loss", *UTILITY, "forget_margin_shift", "membership_auc")
+    order = ("forget_accuracy", "forget_loss", *UTILITY, "forget_margin_shift", "recall", "membership_auc")
     found: dict[str, Word] = {"not forgotten": "not forgotten", "over-forgotten": "over-forgotten"}
     for name in order:
         if words.get(name) in named:

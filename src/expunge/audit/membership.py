@@ -7,9 +7,11 @@ all examples; they overstate privacy against attacks with a threshold per exampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from expunge.audit import intervals
+from expunge.audit import intervals, roc
 from expunge.audit.subject import Outputs, Reading, Subject
 from expunge.core import Key, Refused
 from expunge.registry import measure
@@ -61,16 +63,41 @@ def membership_auc_two_sided(subject: Subject) -> Reading | None:
 
 
 @measure
+def membership_tpr(subject: Subject) -> Reading | None:
+    """Share of forget examples, in %, that the confidence attack catches where it accuses 1 % of unseen ones wrongly.
+
+    The interval is ``roc.tpr_at``'s: over examples, the threshold's own uncertainty included. In the detail, shares: the
+    same at 0.1 % where there are 1,000 unseen examples, and the best balanced accuracy. None below 100 unseen examples
+    (``roc.too_few`` says so). 1 % for a model to which both are alike; the target is what retrained models have.
+    """
+    if not subject.has("test") or roc.too_few(len(subject.unseen()), roc.RATES[0]):
+        return None
+    forget, unseen = subject.outputs("forget").membership, subject.unseen().membership
+    value, low, high = roc.tpr_at(forget, unseen, roc.RATES[0])
+    return Reading(
+        "membership_tpr",
+        100 * value,
+        100 * low,
+        100 * high,
+        len(forget) + len(unseen),
+        "%",
+        detail=roc.low_rates(forget, unseen),
+        curves={"roc": roc.curve(forget, unseen)},
+        axes=roc.AXES,
+    )
+
+
+@measure
 def attack_confidence(subject: Subject) -> Reading | None:
     """Share of forget examples that a confidence threshold, fitted on retain against test, calls unseen.
 
     What the field calls "MIA-efficacy", with a threshold sweep for its support-vector classifier on one feature, and
-    balanced random draws for the first retain examples.
+    balanced random draws for the first retain examples. In the detail, ``per_class``: the same with a threshold for each
+    class, as Song and Mittal 2021 have it.
     """
     if not (subject.has("test") and subject.has("retain")):
         return None
-    scores = [subject.outputs(data).membership for data in ("forget", "retain", "test")]
-    return _attack(subject, "attack_confidence", *scores)
+    return _attack(subject, "attack_confidence", lambda outputs: outputs.membership)
 
 
 @measure
@@ -78,8 +105,7 @@ def attack_entropy(subject: Subject) -> Reading | None:
     """Share of forget examples that a threshold on modified entropy, fitted on retain against test, calls unseen."""
     if not (subject.has("test") and subject.has("retain")) or subject.outputs("forget").probabilities is None:
         return None
-    scores = [-entropy_of(subject.outputs(data)) for data in ("forget", "retain", "test")]
-    return _attack(subject, "attack_entropy", *scores)
+    return _attack(subject, "attack_entropy", lambda outputs: -entropy_of(outputs))
 
 
 def modified_entropy(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -123,33 +149,55 @@ def best_threshold(members: np.ndarray, others: np.ndarray) -> float:
     return float(edges[best[len(best) // 2]])
 
 
-def _attack(subject: Subject, name: str, forget: np.ndarray, retain: np.ndarray, test: np.ndarray) -> Reading:
+def class_thresholds(
+    members: np.ndarray,
+    member_labels: np.ndarray,
+    others: np.ndarray,
+    other_labels: np.ndarray,
+    classes: int,
+    otherwise: float | None = None,
+) -> np.ndarray:
+    """[classes] ``best_threshold`` of each class; another where a class has no examples on one of the sides.
+
+    Args:
+        members, others: [p], [q] scores, larger for members. member_labels, other_labels: their classes, 0 .. classes-1.
+        otherwise: that other one; ``best_threshold`` of all examples where None.
+    """
+    found = np.full(classes, best_threshold(members, others) if otherwise is None else otherwise)
+    for label in np.intersect1d(member_labels, other_labels):
+        found[label] = best_threshold(members[member_labels == label], others[other_labels == label])
+    return found
+
+
+def _attack(subject: Subject, name: str, score: Callable[[Outputs], np.ndarray]) -> Reading:
     """Mean over repeated balanced draws of retain and test; the interval is over the draws and the forget examples."""
+    asked = [subject.outputs(data) for data in ("forget", "retain", "test")]
+    (forget, retain, test), labels = (score(outputs) for outputs in asked), [outputs.labels for outputs in asked]
     size = min(len(retain), len(test))
-    unseen = np.empty((REPEATS, len(forget)))
+    unseen, by_class = np.empty((REPEATS, len(forget))), np.empty((REPEATS, len(forget)))
     accuracies = np.empty(REPEATS)
     for number in range(REPEATS):
         key = subject.key.at("attack", number)
-        members, others = _draw(retain, size, key.at("retain")), _draw(test, size, key.at("test"))
+        kept = [_draw(len(group), size, key.at(data)) for group, data in ((retain, "retain"), (test, "test"))]
+        members, others = retain[kept[0]], test[kept[1]]
         threshold = best_threshold(members, others)
         unseen[number] = forget < threshold
         accuracies[number] = ((members >= threshold).mean() + (others < threshold).mean()) / 2
+        if labels[0] is not None and labels[1] is not None and labels[2] is not None:
+            classes = 1 + int(max(group.max() for group in labels if group is not None))
+            limits = class_thresholds(members, labels[1][kept[0]], others, labels[2][kept[1]], classes, threshold)
+            by_class[number] = forget < limits[labels[0]]
     low, high = intervals.percentile(_nested(unseen, subject.draws, subject.key.at("attack", "interval")))
-    return Reading(
-        name,
-        100 * float(unseen.mean()),
-        100 * low,
-        100 * high,
-        len(forget),
-        "%",
-        detail={"attacker_accuracy": 100 * float(accuracies.mean()), "repeats": REPEATS},
-    )
+    detail = {"attacker_accuracy": 100 * float(accuracies.mean()), "repeats": float(REPEATS)}
+    if labels[0] is not None:
+        detail["per_class"] = 100 * float(by_class.mean())
+    return Reading(name, 100 * float(unseen.mean()), 100 * low, 100 * high, len(forget), "%", detail=detail)
 
 
-def _draw(scores: np.ndarray, size: int, key: Key) -> np.ndarray:
-    """`size` of the scores without repetition; all of them, with repetition, where that would always be the same."""
+def _draw(count: int, size: int, key: Key) -> np.ndarray:
+    """`size` of `count` positions without repetition; with repetition where they would always be the same, all."""
     rng = np.random.Generator(np.random.PCG64(key.seed))
-    return scores[rng.choice(len(scores), size, replace=size == len(scores))]
+    return rng.choice(count, size, replace=size == count)
 
 
 def _nested(table: np.ndarray, draws: int, key: Key) -> np.ndarray:
