@@ -67,7 +67,7 @@ def digits_class() -> Work:
 def digits_memorised() -> Work:
     """The tenth that models which did not see it are worst at."""
     suite = builtin.digits()
-    return Work(suite.train, suite.test, suite.make, suite.recipe, demo.memorised(suite, SEED), 60)
+    return Work(suite.train, suite.test, suite.make, suite.recipe, demo.most_memorised(suite, suite.train, SEED), 60)
 
 
 def digits_random() -> Work:
@@ -128,6 +128,7 @@ def judge(name: str, work: Work, count: int, workers: int) -> dict[str, Any]:
         title=f"Verdicts on {name}",
         key=Key(SEED),
         store=found.store,
+        originals=found.originals,
     )
     report.save(OUT / name)
     rows = {row.name: row for row in report.rows}

@@ -145,7 +145,7 @@ def references(
     name, stage = ("", None) if method is None else resolve(method)
     if stage is not None and request is not None:
         check_stage(stage, request, {"original": None})
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # a worker may stand elsewhere
     plan = Plan(Trainer(train, make, task, recipe), data, request, seed, stage, name, shadows > 0)
     shelf, store = Shelf(folder / "models"), Store(folder / "outputs")
     work = _work(plan, store, test, fill)

@@ -241,6 +241,8 @@ def _source(value: Any) -> str:
     except (OSError, TypeError):
         code = getattr(value, "__code__", None)
         return described(value) if code is None else _bytes(code)
+    if getattr(value, "__name__", "") == "<lambda>":  # its line may hold several
+        text = f"{text} {_bytes(value.__code__)}"
     try:
         return ast.unparse(ast.parse(text))
     except SyntaxError:  # a lambda in the middle of an expression

@@ -140,15 +140,16 @@ def _in_processes(shelf: Shelf, work: Work, jobs: Sequence[Job], workers: int) -
     try:
         with joblib.parallel_config(backend="loky", n_jobs=workers, inner_max_num_threads=1):
             joblib.Parallel(batch_size=1)(
-                joblib.delayed(_serve)(payload, os.getpid()) for _ in range(min(workers, len(jobs)))
+                joblib.delayed(_serve)(payload, os.getpid(), os.getcwd()) for _ in range(min(workers, len(jobs)))
             )
     except BrokenProcessPool as error:
         raise RunFailed("a worker process died: was there too little memory, or did its code end it?") from error
 
 
-def _serve(payload: bytes, parent: int) -> None:
-    """In a process of its own."""
+def _serve(payload: bytes, parent: int, folder: str) -> None:
+    """In a process of its own, which may have served a call from another folder before."""
     _WATCH.start(parent)
+    os.chdir(folder)
     shelf, work, jobs = pickle.loads(payload)
     _here(shelf, work, jobs)
 

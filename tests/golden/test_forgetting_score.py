@@ -42,7 +42,9 @@ def rules(u: np.ndarray, r: np.ndarray) -> float:
     if min(spans) / max(spans) < 0.01:
         return 50.0
     low, high = min(u.min(), r.min()), max(u.max(), r.max())
-    tried = [((positive < t).sum(), (negative >= t).sum()) for t in np.linspace(low, high, math.ceil((high - low) * 100))]
+    tried = [
+        ((positive < t).sum(), (negative >= t).sum()) for t in np.linspace(low, high, math.ceil((high - low) * 100))
+    ]
     inner, outer = (negative, positive) if spans[0] >= spans[1] else (positive, negative)
     width = np.ptp(inner)
     first, last = inner.min() + width - 2.0, inner.max() + 2.0
@@ -117,10 +119,12 @@ def test_the_bound_holds_where_the_truth_is_known() -> None:
     rng = np.random.default_rng(4)
     null = epsilon_bound(*(rng.normal(size=(32, 2000)) for _ in range(4)))
     assert (null > 0).mean() <= 0.05
-    narrow = epsilon_bound(*(rng.normal(size=(128, 300)) * s for s in (0.2, 1, 0.2, 1)))
-    truth = math.log(5)  # the likelihood ratio at the centre
-    assert (narrow > truth).mean() <= 0.05
-    assert narrow.mean() > 0.4  # and it sees two intervals that no single threshold tells apart
+    parts = [rng.laplace(place, 1, (128, 400)) for place in (1.0, 0.0, 1.0, 0.0)]
+    shifted = epsilon_bound(*parts)  # Laplace samples 1 apart: epsilon is 1, the ratio of the densities
+    assert (shifted > 1).mean() <= 0.05
+    assert 0.2 < shifted.mean() < 1
+    narrow = epsilon_bound(*(rng.normal(size=(128, 300)) * spread for spread in (0.2, 1, 0.2, 1)))
+    assert narrow.mean() > 1  # no single threshold tells these apart: an interval does
 
 
 def test_bad_input() -> None:

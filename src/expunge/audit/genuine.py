@@ -43,7 +43,13 @@ class Lost:
 
 
 def lost_advantage(
-    before: np.ndarray, after: np.ndarray, members: np.ndarray, unseen: np.ndarray, unseen_after: np.ndarray, key: Key
+    before: np.ndarray,
+    after: np.ndarray,
+    members: np.ndarray,
+    unseen: np.ndarray,
+    unseen_after: np.ndarray,
+    key: Key,
+    limit: float = np.inf,
 ) -> Lost:
     """Of the advantage that being trained on gives examples, how much a second model does without.
 
@@ -54,12 +60,13 @@ def lost_advantage(
 
     F_M is the rank among members and Q_U the quantile of unseen examples: the margin that an example as easy as this
     would have unseen. So easy examples, which training does not change, have no advantage to lose, and are not expected
-    to. This holds where members and unseen examples are drawn alike. The interval resamples examples.
+    to. This holds where members and unseen examples are drawn alike, and where training leaves easy examples ahead of hard
+    ones. Differences are of margins within -limit .. limit; ranks are not. The interval resamples examples.
 
     Args:
         before, after: [n] margins of the same examples, in models trained on them and in the model in question.
         members: [p], unseen: [q] in the former; unseen_after: [q] in the model in question, of the same examples.
-        key: of the draws.
+        key: of the draws. limit: beyond which margins say nothing.
 
     Derived here; no paper.
     """
@@ -67,13 +74,15 @@ def lost_advantage(
     before, after = _some(rng, before, after)
     (members,) = _some(rng, members)
     unseen, unseen_after = _some(rng, unseen, unseen_after)
-    drop, shift = before - after, unseen - unseen_after
+    drop, shift = (
+        np.clip(a, -limit, limit) - np.clip(b, -limit, limit) for a, b in ((before, after), (unseen, unseen_after))
+    )
     lost, gain = np.empty(DRAWS + 1), np.empty(DRAWS + 1)
-    lost[0], gain[0] = drop.mean() - shift.mean(), _advantage(before, members, unseen)
+    lost[0], gain[0] = drop.mean() - shift.mean(), _advantage(before, members, unseen, limit)
     for number in range(1, DRAWS + 1):
         rows = [rng.integers(0, len(part), len(part)) for part in (before, members, unseen)]
         lost[number] = drop[rows[0]].mean() - shift[rows[2]].mean()
-        gain[number] = _advantage(before[rows[0]], members[rows[1]], unseen[rows[2]])
+        gain[number] = _advantage(before[rows[0]], members[rows[1]], unseen[rows[2]], limit)
     floor = _normal(gain)[0]
     told = min(len(before), len(members), len(unseen)) >= FEWEST and floor > 0
     if not told:
@@ -90,10 +99,10 @@ def _some(rng: np.random.Generator, *parts: np.ndarray) -> tuple[np.ndarray, ...
     return tuple(np.asarray(part, np.float64)[rows] for part in parts)
 
 
-def _advantage(margins: np.ndarray, members: np.ndarray, unseen: np.ndarray) -> float:
+def _advantage(margins: np.ndarray, members: np.ndarray, unseen: np.ndarray, limit: float) -> float:
     ordered = np.sort(members)
     rank = (np.searchsorted(ordered, margins, "left") + np.searchsorted(ordered, margins, "right")) / (2 * len(ordered))
-    return float((margins - np.quantile(unseen, rank)).mean())
+    return float((np.clip(margins, -limit, limit) - np.clip(np.quantile(unseen, rank), -limit, limit)).mean())
 
 
 def _normal(samples: np.ndarray) -> tuple[float, float]:
@@ -157,7 +166,7 @@ def _recognised(subject: Subject, model: Model, known: Sequence[Model], number: 
     classes = subject.outputs("forget").logits
     if not subject.has("test_forgotten") or classes is None:
         return
-    mine, usual = _margins(subject, "test_forgotten", [model]), _margins(subject, "test_forgotten", known)
+    mine, usual = (np.clip(_margins(subject, "test_forgotten", some), -LIMIT, LIMIT) for some in ([model], list(known)))
     gain = float(usual.mean()) + float(np.log(max(1, classes.shape[1] - 1)))
     half = SIGMAS * float((usual - mine).std()) / np.sqrt(len(mine))
     if len(mine) >= FEWEST and gain > 1 and float((usual - mine).mean()) + half < gain / 4:
@@ -175,7 +184,8 @@ def _trained_on(subject: Subject, model: Model, known: Sequence[Model], number: 
     before = {name: _margins(subject, name, known) for name in ("forget", "retain", "test") if subject.has(name)}
     after = {name: _margins(subject, name, [model]) for name in before}
     members, key = before.get("retain", before["forget"]), subject.key.at("genuine", number)
-    found = lost_advantage(before["forget"], after["forget"], members, before["test"], after["test"], key)
+    limit = LIMIT if subject.outputs("forget").margin is not None else np.inf  # for losses there is none that is known
+    found = lost_advantage(before["forget"], after["forget"], members, before["test"], after["test"], key, limit)
     if found.told and found.high < 0.5:
         raise Refused(
             f"{_named(subject, number)} was trained on the wrong data: of the advantage that training gave the forget "
@@ -183,15 +193,18 @@ def _trained_on(subject: Subject, model: Model, known: Sequence[Model], number: 
             f"training data would; train it on the retain data alone"
         )
     if "retain" in before:
-        kept = lost_advantage(members, after["retain"], members, before["test"], after["test"], key.at("retain"))
+        key = key.at("retain")
+        kept = lost_advantage(members, after["retain"], members, before["test"], after["test"], key, limit)
         if kept.told and kept.low > 0.5:
             raise Refused(
                 f"{_named(subject, number)} was trained on the wrong data: of the advantage that training gave the retain "
                 f"examples in the original it lacks {_percent(kept.share)} (at least {_percent(kept.low)}), as if it had "
                 f"not seen them; train it on all the retain data by the same recipe"
             )
-    shift = before["test"].mean() - after["test"].mean()
-    return float((before["forget"] - after["forget"]).mean() - shift)
+    level = {
+        name: (np.clip(before[name], -limit, limit) - np.clip(after[name], -limit, limit)).mean() for name in before
+    }
+    return float(level["forget"] - level["test"])
 
 
 def _percent(share: float) -> str:
@@ -199,7 +212,5 @@ def _percent(share: float) -> str:
 
 
 def _margins(subject: Subject, name: str, models: Sequence[Model]) -> np.ndarray:
-    """[n] mean over models; where there are classes, limited, so that a few far ones do not decide."""
-    found = subject.margins(name, models)
-    classes = subject.outputs(name, models[0]).margin is not None
-    return (np.clip(found, -LIMIT, LIMIT) if classes else found).mean(0)
+    """[n] mean over models."""
+    return subject.margins(name, models).mean(0)

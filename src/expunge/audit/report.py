@@ -230,6 +230,7 @@ def compare(
     draws: int = 500,
     also: Sequence[str] = (),
     store: Store | None = None,
+    originals: Sequence[Model] = (),
 ) -> Report:
     """Judge several models of one request in one table, on the same resampled examples.
 
@@ -241,7 +242,7 @@ def compare(
             spread. Each is held out in turn and judged against the others: the row "retrain".
         retrain_records: their records, in the same order, or at least ``{"seconds": ..., "backward": ...}``.
         names: names of the classes. key, draws: of the bootstrap.
-        also: see ``audit``. store: see ``Subject``.
+        also: see ``audit``. store, originals: see ``Subject``.
     """
     asked_for(also)
     taken = [name for name in methods if name in (ORIGINAL, RETRAIN)]
@@ -260,6 +261,7 @@ def compare(
         key,
         draws,
         store=store,
+        originals=tuple(originals),
     )
     rows = []
     for name, (model, record) in methods.items():
