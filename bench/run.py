@@ -1,4 +1,4 @@
-"""Run the benchmarks and write ``bench/results``: the price of a step of surgery, then every suite of ``bench/suites``.
+"""Run the benchmarks and write ``bench/results``: the scripts beside this one, then every suite of ``bench/suites``.
 
 Names given on the command line choose among them: ``python bench/run.py surgery_cost digits``.
 """
@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 
 def main(chosen: list[str]) -> int:
     """Run what was chosen (everything by default); the number of benchmarks that failed."""
-    commands = {"surgery_cost": [sys.executable, str(HERE / "surgery_cost.py")]}
+    scripts = ("surgery_cost", "audit_speed", "reference_speed", "null_tables")
+    commands = {name: [sys.executable, str(HERE / f"{name}.py")] for name in scripts}
     for suite in sorted((HERE / "suites").glob("*.toml")):
         commands[suite.stem] = [sys.executable, "-m", "expunge", "bench", str(suite), "--out", str(HERE / "results")]
     unknown = [name for name in chosen if name not in commands]

@@ -26,6 +26,7 @@ from torch import nn
 import expunge as ex
 from expunge import demo
 from expunge.audit import compare
+from expunge.compose import Clip
 from expunge.core import Key
 from expunge.data import builtin
 from expunge.data.builtin import Recipe
@@ -42,7 +43,7 @@ SEED, K, RUINED = 0, 16, 4
 # The methods' own guard would stop them: here the point is to do damage.
 DESTRUCTIVE = {
     "random_label": lambda steps: ex.Descend(forget=RandomLabel(), optimizer=SGD(0.1), steps=steps),
-    "gradient_ascent": lambda steps: ex.Descend(forget=Ascent(), optimizer=SGD(0.01), steps=steps),
+    "gradient_ascent": lambda steps: ex.Descend(forget=Ascent(), combine=Clip(), optimizer=SGD(0.05), steps=steps),
 }
 
 

@@ -172,26 +172,54 @@ def run(
 
 @app.command()
 def audit(
-    file: Annotated[Path, typer.Argument(help="The run file that names model, data, task and request.")],
+    file: Annotated[Path | None, typer.Argument(help="A run file; the options below can say it all instead.")] = None,
     overrides: Overrides = None,
     after: Annotated[str | None, typer.Option(help="Weights to judge; the run's own by default.")] = None,
     before: Annotated[str | None, typer.Option(help="Weights before; the run file's model by default.")] = None,
     retrained: Annotated[list[str] | None, typer.Option(help="Weights of a retrained model; repeat it.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="All rows: a table, .npz, .safetensors, or a folder of images.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The column of a table that holds the label.")] = None,
+    model: Annotated[str | None, typer.Option(help="FILE.py:FUNCTION that builds the architecture.")] = None,
+    forget: Annotated[str | None, typer.Option(help="File with the ids to forget.")] = None,
+    retain: Annotated[str | None, typer.Option(help="File with the ids to keep; the rest by default.")] = None,
+    test: Annotated[str | None, typer.Option(help="File with the ids that no model was trained on.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="A measure that trains or attacks (see list measures), or all; repeat it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("out/audit"),
     as_json: AsJson = False,
     gate: Gate = False,
 ) -> int:
-    """Judge weights that are there against retrained models."""
+    """Judge weights that are there, made by any tool, against retrained models."""
     from expunge.core import Refused
     from expunge.perform import audit_files
     from expunge.spec import RunSpec
 
-    spec = RunSpec.read(file, overrides or ())
+    overrides = list(overrides or ())
+    if file is not None and "=" in file.name and not file.exists():
+        file, overrides = None, [str(file), *overrides]  # without a run file the first setting stands in its place
+    options: dict[str, dict[str, Any]] = {
+        "data": {"train": data, "label": label},
+        "model": {"python": model, "weights": before if file is None else None},
+        "request": {"forget_file": forget, "retain_file": retain, "test_file": test},
+    }
+    given = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in options.items()}
+    if file is None:
+        needed = {"--data": data, "--model": model, "--before": before, "--after": after, "--forget": forget}
+        missing = [name for name, value in needed.items() if value is None]
+        if missing:
+            raise Refused(f"without a run file an audit needs {', '.join(needed)}; missing: {', '.join(missing)}")
+        given["run"] = {"out": str(out)}
+    elif forget is not None:
+        given["request"]["forget"] = None
+    spec = RunSpec.read(file, overrides, {name: keys for name, keys in given.items() if keys}, method=False)
     if spec.data.suite is not None:
         _one_thread()
     if gate and not (retrained or spec.audit.wanted):
         raise Refused("--gate needs something to judge by: give --retrained FILE, or audit.retrained=3")
-    report = audit_files(spec, after, before, retrained or [], out)
+    report = audit_files(spec, after, before, retrained or [], out, also or ())
     if as_json:
         _print_json(report.to_json())
     else:

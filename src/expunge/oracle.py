@@ -18,7 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Batch, Case, Data, Grads, Key, Objective, Refused, RunFailed, map_tensors, rows_of
+from expunge.core import (
+    Batch,
+    Case,
+    Data,
+    Grads,
+    Key,
+    Objective,
+    Refused,
+    RunFailed,
+    map_tensors,
+    only_looked_at,
+    rows_of,
+)
 from expunge.scope import Scope
 
 
@@ -503,3 +515,15 @@ def differentiable(case: Case, *, live: bool = False) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def borrowed(case: Case) -> Iterator[None]:
+    """``differentiable`` for a model of the caller's: its buffers, and gradients that it came with, are put back too."""
+    held = [(p, p.grad) for p in case.model.parameters()]
+    try:
+        with only_looked_at(case.model), differentiable(case):
+            yield
+    finally:
+        for parameter, grad in held:
+            parameter.grad = grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copying
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import nn
 from expunge.core import Refused, Request
 from expunge.data.builtin import Recipe, fresh
 from expunge.references import References, references
+from expunge.registry import asked_for
 from expunge.run import RECORD, REFERENCES, WEIGHTS, Outcome, check_folder, check_model, unlearn, writing
 from expunge.spec import AuditSection, RunSpec
 from expunge.store import Store
@@ -51,7 +53,7 @@ def perform(spec: RunSpec) -> Performed:
     """
     stage = spec.method.stage()
     workload = load(spec)
-    request = request_of(workload, spec.request.forget, spec.request.retain)
+    request = request_of(workload, *spec.request.chosen())
     check_makeable(spec.audit, workload)
     if spec.out is not None:
         check_folder(spec.out)
@@ -103,6 +105,7 @@ def judged(
     after: nn.Module,
     folder: Path,
     record: dict[str, Any] | None,
+    also: Sequence[str] = (),
 ) -> Report:
     """Audit against the references that the run file asks for, and write the report into the folder."""
     from expunge.audit import audit
@@ -121,7 +124,7 @@ def judged(
         record=record,
     )
     check_references(subject)
-    report = audit(subject)
+    report = audit(subject, also=also)
     with writing(folder):
         report.save(folder)
     return report
@@ -178,7 +181,7 @@ def train_references(spec: RunSpec) -> tuple[References, list[dict[str, Any]]]:
     if not section.trained:
         raise Refused("nothing to train: give --retrained 3, --originals or --shadows, or the same in [audit]")
     workload = load(spec)
-    request = request_of(workload, spec.request.forget, spec.request.retain)
+    request = request_of(workload, *spec.request.chosen())
     check_makeable(section, workload)
     like = workload.trained(spec.run.seed) if workload.make is None else fresh(workload.make, 0)
     found = trained_references(spec, workload, request, like, reference_folder(spec, Path("out")))
@@ -207,14 +210,23 @@ def _blank(workload: Workload, like: nn.Module) -> nn.Module:
     return copying.deepcopy(like) if workload.make is None else fresh(workload.make, 0)
 
 
-def audit_files(spec: RunSpec, after: str | None, before: str | None, retrained: list[str], folder: Path) -> Report:
+def audit_files(
+    spec: RunSpec,
+    after: str | None,
+    before: str | None,
+    retrained: list[str],
+    folder: Path,
+    also: Sequence[str] = (),
+) -> Report:
     """Audit weights that are there already: `after` (default: the run's own) against `before` and the references.
 
-    Weights in `retrained` take the place of references that the run file would retrain.
+    Weights in `retrained` take the place of references that the run file would retrain; `also` names measures that train
+    or attack.
 
     Raises:
         Refused: for weights that are missing or do not fit the run file's model.
     """
+    asked_for(also)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     section = spec.audit.model_copy(
@@ -222,7 +234,7 @@ def audit_files(spec: RunSpec, after: str | None, before: str | None, retrained:
     )
     spec = spec.model_copy(update={"audit": section})
     workload = load(spec)
-    request = request_of(workload, spec.request.forget, spec.request.retain)
+    request = request_of(workload, *spec.request.chosen())
     check_makeable(section, workload)
     path = after or (None if spec.out is None else str(spec.out / WEIGHTS))
     if path is None or not Path(path).is_file():
@@ -233,7 +245,8 @@ def audit_files(spec: RunSpec, after: str | None, before: str | None, retrained:
     second = load_weights(_blank(workload, original), path).eval()
     for model in (first, second):
         check_model(model, request, workload.task)
-    return judged(spec, workload, request, first, second, folder, None if after is not None else _record_of(spec))
+    record = None if after is not None else _record_of(spec)
+    return judged(spec, workload, request, first, second, folder, record, also)
 
 
 def _record_of(spec: RunSpec) -> dict[str, Any] | None:

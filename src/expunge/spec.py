@@ -13,8 +13,10 @@
 
     [request]
     forget = "y == 3"                     # a condition on a column, or a list of ids
+    # forget_file = "forget.txt"          # or ids in a file: .txt, .csv, .json, .npy, .npz; retain_file the same
+    # test_file = "test.txt"              # rows of the training data that no model was trained on
 
-    [method]
+    [method]                              # not needed by expunge audit
     name = "finetune"
     lr = 0.01                             # its settings; a part is a table: forget = {name = "NPO", beta = 0.1}
 
@@ -42,6 +44,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from expunge.core import Refused, Stage
+from expunge.data.indices import read_indices
 from expunge.registry import did_you_mean, find, methods, parts
 from expunge.run import WEIGHTS
 
@@ -53,6 +56,9 @@ PATHS = (
     ("data", "python"),
     ("model", "weights"),
     ("model", "python"),
+    ("request", "forget_file"),
+    ("request", "retain_file"),
+    ("request", "test_file"),
     ("audit", "weights"),
     ("audit", "train"),
 )
@@ -88,10 +94,28 @@ class ModelSection(Section):
 
 
 class RequestSection(Section):
-    """What to forget: a condition or ids; and what to keep, if not all the rest."""
+    """What to forget: a condition or ids; and what to keep, if not all the rest. Ids may stand in files."""
 
-    forget: str | list[int]
+    forget: str | list[int] | None = None
     retain: list[int] | None = None
+    forget_file: str | None = None
+    retain_file: str | None = None
+    test_file: str | None = None
+
+    def chosen(self) -> tuple[str | list[int], list[int] | None]:
+        """What to forget, and what to keep, with the files read.
+
+        Raises:
+            Refused: for a file that is no list of ids.
+        """
+        forget = self.forget if self.forget_file is None else read_indices(self.forget_file)
+        if forget is None:
+            raise Refused("the request says nothing to forget: give [request] forget or forget_file")
+        return forget, self.retain if self.retain_file is None else read_indices(self.retain_file)
+
+    def held_out(self) -> list[int] | None:
+        """Ids of the rows that no model was trained on, where a file names them."""
+        return None if self.test_file is None else read_indices(self.test_file)
 
 
 class MethodSection(BaseModel):
@@ -99,6 +123,11 @@ class MethodSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a method: an audit needs none."""
+        return bool(self.name)
 
     def stage(self) -> Stage:
         """The method with its settings, each of them checked."""
@@ -155,24 +184,42 @@ class RunSpec(Section):
     data: DataSection
     model: ModelSection = ModelSection()
     request: RequestSection
-    method: MethodSection
+    method: MethodSection = MethodSection(name="")
     run: RunSection = RunSection()
     audit: AuditSection = AuditSection()
 
     @staticmethod
-    def read(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    def read(
+        path: str | Path | None,
+        overrides: Sequence[str] = (),
+        given: Mapping[str, Mapping[str, Any]] | None = None,
+        method: bool = True,
+    ) -> RunSpec:
         """The run file with ``section.key=value`` overrides (TOML values; a bare word is a string).
+
+        Args:
+            path: of the run file; None where `given` says everything.
+            given: section -> key -> value, put into the document before the overrides.
+            method: whether there must be one.
 
         Raises:
             Refused: with one sentence that names the file, the section and the key.
         """
-        path = Path(path)
-        document = read_toml(path)
-        _resolve(document, path.parent)
+        source, document = "the command line", {}
+        if path is not None:
+            source, document = str(path), read_toml(Path(path))
+            _resolve(document, Path(path).parent)
+        for section, keys in (given or {}).items():
+            place = document.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise Refused(f"{source}: {section!r} is a section, found the value {place!r}")
+            place.update(keys)
         for override in overrides:
             _override(document, override)
-        spec = checked(RunSpec, document, str(path))
-        spec._consistent(str(path))
+        spec = checked(RunSpec, document, source)
+        if method and not spec.method.given:
+            raise Refused(f"{source}: the file needs a section 'method'")
+        spec._consistent(source)
         return spec
 
     @property
@@ -206,6 +253,18 @@ class RunSpec(Section):
             raise Refused(
                 f"{source}: [model] python belongs to data from files; [data] {given[0]} brings the architecture"
             )
+        request = self.request
+        for one, other in (("forget", "forget_file"), ("retain", "retain_file")):
+            if getattr(request, one) is not None and getattr(request, other) is not None:
+                raise Refused(f"{source}: [request] {one} and {other} say the same thing twice; remove one")
+        if request.forget is None and request.forget_file is None:
+            raise Refused(f"{source}: [request] needs the key 'forget', or forget_file with ids")
+        if request.test_file is not None and data.test is not None:
+            raise Refused(
+                f"{source}: [request] test_file takes test rows out of the training data, and [data] test names others"
+            )
+        if self.audit.unlearn and not self.method.given:
+            raise Refused(f"{source}: [audit] unlearn applies the method, and there is no section 'method'")
         recipe = sorted(self.audit.model_fields_set & {"epochs", "lr", "batch"})
         if self.audit.train is not None and recipe:
             raise Refused(

@@ -11,6 +11,8 @@ import contextlib
 import contextvars
 import os
 import pickle
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -199,8 +201,9 @@ def _on_ray(address: str, shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None
     own = not ray.is_initialized()
     if own:
         try:
+            _reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise Refused(
                 f"cannot use the Ray cluster at {address!r}: {said(error)}; start one, or leave ray out"
             ) from error
@@ -212,6 +215,13 @@ def _on_ray(address: str, shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None
         if own:
             ray.shutdown()
     _here(shelf, work, jobs)  # what another process was making, and outputs that are missing
+
+
+def _reachable(address: str) -> None:
+    """Try host:port for five seconds: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def _collect(ray: Any, remote: Any, payload: Any, shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None:
@@ -228,7 +238,7 @@ def _collect(ray: Any, remote: Any, payload: Any, shelf: Shelf, work: Work, jobs
                     lock.acquire(timeout=0)
                     locks.callback(lock.release)
                     start = None if job.start is None else shelf.weights(job.start).read_bytes()
-                    under_way[remote.remote(payload, job, start)] = (job, lock)
+                    under_way[remote.remote(payload, sys.path, job, start)] = (job, lock)
             if not under_way:
                 return
             task = ray.wait(list(under_way), num_returns=1)[0][0]
@@ -236,15 +246,19 @@ def _collect(ray: Any, remote: Any, payload: Any, shelf: Shelf, work: Work, jobs
             try:
                 failed, content, record, outputs = ray.get(task)
             except ray.exceptions.RayError as error:
-                raise RunFailed(f"{job.label} could not be made on the Ray cluster: {said(error)}") from error
+                cause = getattr(error, "cause", None) or error
+                raise RunFailed(f"{job.label} could not be made on the Ray cluster: {said(cause)}") from error
             if failed:
                 raise RunFailed(failed)
             work.keep(shelf.keep(job, content, record), outputs)
             lock.release()
 
 
-def _remote(payload: bytes, job: Job, start: bytes | None) -> tuple[str, bytes, dict[str, Any], dict[str, Any]]:
+def _remote(
+    payload: bytes, paths: list[str], job: Job, start: bytes | None
+) -> tuple[str, bytes, dict[str, Any], dict[str, Any]]:
     """In a Ray worker: (what went wrong or "", weights, record, what the model says)."""
+    sys.path += [path for path in paths if path not in sys.path]  # modules beside the user's script, where it sees them
     work: Work = pickle.loads(payload)
     with _one_thread(), tempfile.TemporaryDirectory() as folder:
         path = None if start is None else Path(folder) / "start.safetensors"

@@ -9,11 +9,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import torch
 from torch import Tensor, nn
 
 from expunge.core import Data, Refused, Request, Task
@@ -61,6 +62,12 @@ def load(spec: RunSpec) -> Workload:
     Raises:
         Refused: for files or a function that do not give what they should.
     """
+    held_out = spec.request.held_out()
+    found = _loaded(spec)
+    return found if held_out is None else _without(found, held_out)
+
+
+def _loaded(spec: RunSpec) -> Workload:
     if spec.data.suite is not None:
         found = _from_suite(builtin.suite(spec.data.suite))
     elif spec.data.python is not None:
@@ -72,6 +79,30 @@ def load(spec: RunSpec) -> Workload:
     weights, base = spec.model.weights, found
     build = (lambda seed: builtin.fresh(base.make, seed)) if base.make is not None else base.trained
     return Workload(**{**vars(found), "trained": lambda seed: load_weights(build(seed), weights).eval()})
+
+
+def _without(workload: Workload, ids: Sequence[int]) -> Workload:
+    """The rows with these ids taken out of the training data: they are the test data."""
+    wanted = torch.as_tensor(ids)
+    unknown = wanted[~torch.isin(wanted, workload.train.ids)]
+    if len(unknown):
+        raise Refused(
+            f"the test file names id {int(unknown[0])}, which no example has ({len(unknown)} of {len(ids)} are unknown)"
+        )
+    if workload.test is not None:
+        raise Refused(
+            "the test file takes test rows out of the training data, and the data brings test data of its own"
+        )
+    inside = torch.isin(workload.train.ids, wanted)
+    rest = torch.nonzero(~inside).flatten()
+    if not len(rest):
+        raise Refused("the test file names every example: nothing is left that the model was trained on")
+    return replace(
+        workload,
+        train=workload.train.select(rest),
+        test=workload.train.select(torch.nonzero(inside).flatten()),
+        columns={name: values[rest] for name, values in workload.columns.items()},
+    )
 
 
 def _from_suite(suite: builtin.Suite) -> Workload:

@@ -26,7 +26,7 @@ Where = Literal["top", "function", "types"]
 ORDER: list[set[str]] = [
     {"version", "meter", "progress"},
     {"core"},
-    {"runtime", "gramian", "optim", "registry", "data", "tasks", "data.sources"},
+    {"runtime", "gramian", "optim", "registry", "data", "tasks", "data.sources", "data.indices"},
     {"scope", "criteria", "data.split", "data.tables"},
     {"oracle", "journal", "tasks.*", "data.files"},
     {"weights", "store", "watch"},

@@ -7,15 +7,16 @@ import pytest
 from scipy import stats
 
 from expunge.audit import audit, judge
-from expunge.audit.judge import Verdict
+from expunge.audit.judge import Equivalence, Verdict
 from expunge.audit.subject import Reading
 from tests.unit.test_audit_measures import answers, retrained_models, subject
 
 
 def reading(
-    value: float, name: str = "forget_accuracy", width: float = 2.0, n: int = 10_000, unit: str = "%"
+    value: float, name: str = "forget_accuracy", width: float = 2.0, n: int = 10_000, unit: str = "points"
 ) -> Reading:
-    return Reading(name, value, value - width / 2, value + width / 2, n, unit)
+    part = 0.01 if "auc" in name else 1.0  # an area ends at 1
+    return Reading(name, part * value, part * (value - width / 2), part * (value + width / 2), n, unit)
 
 
 def family(values: np.ndarray, name: str = "forget_accuracy", width: float = 2.0) -> list[Reading]:
@@ -110,7 +111,9 @@ def test_equal_references_do_not_make_one_example_a_failure() -> None:
 
 
 def test_the_audit_judges_itself() -> None:
-    good, failing = Verdict("forgotten", tests=(object(),)), Verdict("not forgotten", tests=(object(),))  # type: ignore[arg-type]
+    near = Equivalence("forget_accuracy", 0.0, -1.0, 1.0, 3.0, "equivalent")
+    far = Equivalence("forget_accuracy", 40.0, 39.0, 41.0, 3.0, "different", "under-forgot")
+    good, failing = Verdict("forgotten", tests=(near,)), Verdict("not forgotten", tests=(far,))
     assert judge.controlled(good, failing, 3, [good] * 16).word == "forgotten"
     assert judge.controlled(good, failing, 3, [good] * 15 + [failing]).word == "forgotten"
     broken = judge.controlled(good, failing, 3, [good] * 10 + [failing] * 6)
@@ -149,3 +152,27 @@ def test_references_that_disagree_with_each_other_are_not_hidden() -> None:
     wrong = tuple(answers(200 + seed, forget=1.0) for seed in range(4))
     report = audit(subject(answers(1, 0.6), answers(2, 1.0), (*retrained_models(4), *wrong), draws=50))
     assert report.verdict in ("cannot tell", "audit broken")
+
+
+def test_shares_near_their_end_are_judged_where_their_spread_is_even() -> None:
+    """Genuine models with 1,300 examples and an error rate that varies by a factor: skewed near 100 %."""
+    rng, n, failed, trials = np.random.default_rng(5), 1300, 0, 1500
+    for _ in range(trials):
+        rates = 0.008 * np.exp(rng.normal(0, 0.4, 9))
+        shares = 100 * (1 - rng.binomial(n, rates) / n)
+        readings = [Reading("retain_accuracy", v, v - 0.3, min(100.0, v + 0.3), n, "%") for v in shares]
+        names = ("retain_accuracy",)
+        failed += judge.decide({names[0]: readings[0]}, {names[0]: readings[1:]}).word not in ("forgotten",)
+    assert failed / trials < 0.035, "on the plain scale it is 5 %"
+
+
+def test_the_transform_is_undone_in_what_is_shown() -> None:
+    values = np.random.default_rng(2).normal(90, 2, 6)
+    references = [reading(v, "retain_accuracy", 2.0, 500, "%") for v in values]
+    test = judge.equivalence(reading(40, "retain_accuracy", 2.0, 500, "%"), references, 4)
+    assert test is not None
+    assert test.difference == pytest.approx(40 - values.mean(), abs=0.2)
+    assert test.low < test.difference < test.high < -test.margin
+    band = judge.judged(reading(91, "retain_accuracy", 2.0, 500, "%"), references, 4).reference
+    assert band is not None
+    assert 0 < band[0] < 91 < band[1] <= 100

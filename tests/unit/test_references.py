@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from expunge import shadow_design, trainer
 from expunge.audit import genuine
-from expunge.audit.subject import FORGOTTEN, IN, OUT, Subject, run
+from expunge.audit.subject import FORGOTTEN, IN, OUT, Cache, Subject, run
 from expunge.cli import main
 from expunge.core import Case, Data, Key, Refused, Request, RunFailed
 from expunge.data.builtin import Recipe, train
@@ -34,21 +35,22 @@ from expunge.tasks.classification import Classification
 
 TASK = Classification(3)
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import torch
 from torch import nn
 import expunge
 from expunge.references import references
 
-folder, pause, workers, count = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+folder, workers, count = Path(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
+os.environ["PAUSE"] = sys.argv[2]
 data = expunge.as_data((torch.arange(40.0).reshape(20, 2), torch.arange(20) % 3))
 request = expunge.split(data, forget=[0, 1, 2])
 
 def train(data, seed):  # no main guard, as in a notebook
     torch.manual_seed(seed)
     model = nn.Linear(2, 3)
-    time.sleep(pause)
+    time.sleep(float(os.environ["PAUSE"]))
     with open(folder / "log", "a") as log:
         log.write(f"{seed}\\n")
     return model
@@ -128,7 +130,6 @@ def test_one_worker_and_two_give_the_same_bits_and_touch_no_global_stream(
     for entry in found[0].store.entries():
         first, second = (one.store.get(*entry) for one in found)
         assert all(np.array_equal(first[name], second[name]) for name in first)
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state())
 
 
 def test_nothing_is_trained_twice(tmp_path: Path) -> None:
@@ -147,9 +148,9 @@ def test_nothing_is_trained_twice(tmp_path: Path) -> None:
     asked(tmp_path, how, request=split(DATA, forget=range(11)))
     assert trained(tmp_path)[5:] == [1, 2]
     asked(tmp_path, how, seed=1)
-    assert trained(tmp_path)[7:] == [3], "seed 2 and 3, and one of seed 3 is there"
+    assert len(trained(tmp_path)) == 7, "seeds 2 and 3 are there"
     asked(tmp_path, logged(tmp_path / "."), retrained=3)
-    assert len(trained(tmp_path)) == 8, "the place of a file is no part of a recipe"
+    assert len(trained(tmp_path)) == 7, "the place of a file is no part of a recipe"
 
 
 def start(folder: Path, pause: float, workers: int, count: int) -> subprocess.Popen:
@@ -226,8 +227,9 @@ def test_a_worker_that_dies_is_one_sentence_and_what_is_finished_is_kept(tmp_pat
 
 
 def test_what_cannot_be_sent_to_a_process_is_refused(tmp_path: Path) -> None:
-    with open(os.devnull) as file, pytest.raises(Refused, match="cannot be sent to another process.*workers=1"):
-        asked(tmp_path, lambda data, seed: sums(data, seed) if file else make(), workers=2)
+    lock = threading.Lock()
+    with pytest.raises(Refused, match=r"cannot be sent to another process.*workers=1"):
+        asked(tmp_path, lambda data, seed: sums(data, seed) if lock else make(), workers=2)
 
 
 @pytest.mark.parametrize("damage", ["weights", "truncated", "missing", "about", "identity"])
@@ -252,7 +254,7 @@ def test_a_damaged_model_is_found_and_made_again(tmp_path: Path, damage: str) ->
     again = asked(tmp_path, how, retrained=1)
     assert trained(tmp_path) == [1, 1]
     assert path.read_bytes() == content
-    assert torch.equal(weights(again)[0], load_file(path)["weight"].flatten().new_tensor(weights(first)[0]))
+    assert torch.equal(weights(again)[0][:6], load_file(path)["weight"].flatten())
 
 
 def test_outputs_are_where_an_audit_looks_for_them(tmp_path: Path) -> None:
@@ -287,7 +289,7 @@ def test_halves_are_balanced_both_ways(models: int, examples: int) -> None:
     assert np.array_equal(
         inside[: models - models % 2], shadow_design.halves(models + 2, examples, Key(3))[: models - models % 2]
     )
-    assert not np.array_equal(inside, shadow_design.halves(models, examples, Key(4)))
+    assert models < 8 or not np.array_equal(inside, shadow_design.halves(models, examples, Key(4)))
 
 
 def test_arms_are_balanced_and_every_model_forgets_as_much() -> None:
@@ -304,7 +306,9 @@ def test_arms_are_balanced_and_every_model_forgets_as_much() -> None:
     many = shadow_design.arms(inside, np.arange(200) < 150, Key(5))
     assert ((many[:, 150:] == FORGOTTEN).sum(1) <= 0.5 * inside[:, 150:].sum(1)).all()
     none = shadow_design.arms(inside & ~target, target, Key(5))
-    assert set((none == FORGOTTEN).sum(1)) == {40}, "it forgets others"
+    assert np.array_equal((none == FORGOTTEN).sum(1), np.minimum(40, (inside & ~target).sum(1) // 2)), (
+        "it forgets others"
+    )
 
 
 def remembered(case: Case) -> Case:
@@ -481,18 +485,18 @@ def test_advantage_of_a_model_that_forgot_and_of_one_that_did_not() -> None:
 
 @pytest.mark.parametrize("kind", ["nothing is memorised", "easy examples"])
 def test_genuine_models_of_examples_that_training_does_not_change_are_not_accused(kind: str) -> None:
-    """500 audits: no advantage is told, or it is the small one that these examples have."""
+    """80 audits: no advantage is told, or it is the small one that these examples have."""
     rng, accused = np.random.default_rng(1), 0
-    for _ in range(500):
+    for _ in range(80):
         ease, far = rng.normal(0, 2, 600), rng.normal(0, 2, 300)
-        effect = (lambda e: 0 * e) if kind == "nothing is memorised" else (lambda e: 3.0 * (e < 1))
-        members = np.sort(ease + effect(ease))
+        effect = (lambda e: 0 * e) if kind == "nothing is memorised" else (lambda e: np.maximum(0, 0.9 * (1 - e)))
+        members = ease + effect(ease)
         chosen = ease[rng.permutation(600)[:60]] if kind == "nothing is memorised" else np.sort(ease)[-60:]
         before = chosen + effect(chosen) + rng.normal(0, 0.3, 60)
         after = chosen + rng.normal(0, 0.3, 60)
         found = genuine.lost_advantage(before, after, members, far, far + rng.normal(0, 0.3, 300), Key(1))
         accused += found.told and found.high < 0.5
-    assert accused <= 2
+    assert accused <= 1
 
 
 def memorised() -> tuple[Data, Data]:
@@ -543,7 +547,7 @@ def test_references_that_saw_the_forget_data_are_refused(judged: Subject) -> Non
 
 def test_references_that_never_saw_the_retain_data_are_refused(judged: Subject) -> None:
     swapped = Request(judged.request.retain, judged.request.forget)
-    made = replace(judged, request=swapped, originals=judged.originals, retrained=judged.retrained)
+    made = replace(judged, request=swapped, cache=Cache())
     with pytest.raises(Refused, match="wrong data"):
         genuine.check_references(made)
     fewer = train(wide, judged.request.data("retain").select(range(20)), TASK, 3, epochs=30)
@@ -689,8 +693,10 @@ def test_on_a_ray_cluster(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(here), weights(there), strict=True))
     assert [entry.fresh for entry in there.ledger] == [True] * 6
     assert list(here.store.entries()) == list(there.store.entries())
-    with pytest.raises(RunFailed, match="ValueError.*no such thing"):
+    with pytest.raises(RunFailed, match=r"ValueError.*no such thing"):
         asked(tmp_path / "raises", raises, ray="local")
+    with pytest.raises(Refused, match=r"cannot use the Ray cluster at '127\.0\.0\.1:1'"):
+        asked(tmp_path / "nowhere", ray="127.0.0.1:1")
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

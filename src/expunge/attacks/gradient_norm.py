@@ -11,7 +11,7 @@ from expunge.audit.language import is_language, kept_scores
 from expunge.audit.subject import Reading, Subject
 from expunge.core import Case, Data, Key, Request, Task, lent_stream
 from expunge.objectives import NLL
-from expunge.oracle import differentiable, example_gradients, prepared
+from expunge.oracle import borrowed, example_gradients, prepared
 from expunge.registry import measure
 from expunge.scope import Scope
 
@@ -45,7 +45,7 @@ def lm_gradient_norm(subject: Subject) -> Reading | None:
 def gradient_norms(model: nn.Module, task: Task, data: Data, size: int, key: Key) -> dict[str, np.ndarray]:
     """Norms of the gradient of each example's loss per unit, over all floating parameters, in eval mode.
 
-    The model's weights, modes and ``requires_grad`` flags are as before afterwards.
+    The model's weights, buffers, gradients, modes and ``requires_grad`` flags are as before afterwards.
 
     Args:
         size: examples per batch at most; fewer where the gradients of so many would not fit into 256 MiB.
@@ -58,7 +58,7 @@ def gradient_norms(model: nn.Module, task: Task, data: Data, size: int, key: Key
     case = Case(model, Request(), task, scope)
     rows = max(1, min(size, _CELLS // max(1, sum(p.numel() for p in floating.values()))))
     found: list[Tensor] = []
-    with differentiable(case), lent_stream(key):
+    with borrowed(case), lent_stream(key):
         for batch in prepared(case, data, rows, key):
             grads = example_gradients(case, NLL(), batch)
             squares = [grad.double().flatten(1).square().sum(1) for grad in grads.values()]

@@ -71,11 +71,11 @@ def inversion_of(subject: Subject, settings: Inversion = Inversion()) -> Reading
             "inversion needs a classifier of one floating input, unseen test examples of the forgotten classes, and two "
             "models of one structure: this audit lacks one of them"
         )
-    deleted, unseen, owner = pairs
+    deleted, unseen, labels, classes = pairs
     found = subject.cache.get(subject.after, f"inversion {settings}", lambda: _attacked(subject, settings))
     ours, others = (similarity(found.every(), part) for part in (deleted, unseen))
     low, high = intervals.auc_interval(ours, others)
-    margins = ours - np.array([others[owner == place].mean() for place in range(len(ours))])
+    margins = ours - np.array([others[classes == label].mean() for label in labels])
     span = float(unseen.max() - unseen.min())
     ends = intervals.percentile(intervals.resampled_mean(margins, subject.draws, subject.key.at("inversion", "pairs")))
     detail = {
@@ -182,8 +182,8 @@ def _fits(subject: Subject) -> bool:
     return isinstance(column, Tensor) and column.is_floating_point() and shapes[0] == shapes[1]
 
 
-def _pairs(subject: Subject, settings: Inversion) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Deleted records [n, d], unseen ones of the same class [m, d], and to which deleted one each of these belongs.
+def _pairs(subject: Subject, settings: Inversion) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Deleted records [n, d], unseen ones of the same classes [m, d], and the labels [n] and [m] of both.
 
     None where the attack does not apply.
     """
@@ -202,11 +202,11 @@ def _pairs(subject: Subject, settings: Inversion) -> tuple[np.ndarray, np.ndarra
     for label in np.unique(labels[chosen]):
         places = np.flatnonzero(labels[chosen] == label)
         there = rng.permutation(np.flatnonzero(pool == label))
-        wanted = np.resize(there, max(len(places), min(len(there), each * len(places))))
-        rows.append(wanted)
-        owner.append(np.resize(places, len(wanted)))
+        rows.append(there[: each * len(places)])  # each once: repeated ones would narrow the interval
+        owner.append(np.full(len(rows[-1]), label))
     unseen = subject.data(name).select(np.concatenate(rows))
-    return _inputs(subject, subject.data("forget").select(chosen)), _inputs(subject, unseen), np.concatenate(owner)
+    deleted = subject.data("forget").select(chosen)
+    return _inputs(subject, deleted), _inputs(subject, unseen), labels[chosen], np.concatenate(owner)
 
 
 def _inputs(subject: Subject, data: Data) -> np.ndarray:

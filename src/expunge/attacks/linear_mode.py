@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from expunge import runtime
-from expunge.attacks.recovery import copied, drawn
+from expunge.attacks.recovery import copied, drawn, retrained_band
 from expunge.audit import intervals
 from expunge.audit.subject import Curve, Model, Outputs, Reading, Subject, run
 from expunge.core import Data, Refused
@@ -75,7 +75,7 @@ def linear_mode_of(subject: Subject, points: int = POINTS, probe: int = PROBE) -
     theirs = [_line(subject, model, points, probe)[kind][0].mean(1) for model in subject.retrained]
     if theirs:
         each = np.stack(theirs)
-        curves["retrained"] = (x, *(tuple(line.tolist()) for line in (each.mean(0), each.min(0), each.max(0))))
+        curves["retrained"] = retrained_band(x, each)
         detail["barrier_retrained"] = float(np.mean([barrier(line)[0] for line in each]))
     return Reading(
         "linear_mode",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
+from expunge.attacks.recovery import retrained_band
 from expunge.audit import intervals
 from expunge.audit.language import is_language
 from expunge.audit.subject import Curve, Model, Reading, Subject, classifies
-from expunge.core import Batch, Key, Refused, eval_mode, lent_stream, map_tensors
+from expunge.core import Batch, Key, Refused, lent_stream, map_tensors, only_looked_at
 from expunge.registry import measure
 
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -37,7 +38,8 @@ def input_perturbation(subject: Subject) -> Reading | None:
     Strength 0, the input as it is, is among them. A random search, not an adversarial one: it can miss a way back.
 
     The interval is over examples: value -+ the 95 % quantile of the largest resampled error over strengths, which holds
-    for the maximum too. None without retrained models, and for tasks whose inputs are neither.
+    for the maximum too; where no label differs at any strength, Wilson's upper end of 0 of n. None without retrained
+    models, and for tasks whose inputs are neither.
     """
     strengths = _strengths(subject)
     if strengths is None or not subject.retrained:
@@ -48,6 +50,8 @@ def input_perturbation(subject: Subject) -> Reading | None:
     lead = scale * (after - others.mean(0))
     value, place = worst(lead, units)
     half = _half_width(lead, units, subject.draws, subject.key.at("resample", "forget"))
+    if half < 1e-9 and classifies(subject.task):  # no example differs at any strength: that is no certainty
+        half = scale * float(intervals.wilson(0, len(units))[1])
     before = _outcomes(subject, subject.before)[0]
     curves = _curves(strengths, scale, units, {"unlearned": after, "original": before}, others)
     detail = {"strength": float(strengths[place]), "undisturbed": float(np.average(lead[0], weights=units))}
@@ -167,7 +171,7 @@ def _run(subject: Subject, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     strengths, disturb = _strengths(subject) or (), _disturbances(subject)
     key, device = subject.key.at("perturbation"), runtime.device_of(model)
     rows, units = [], []
-    with torch.no_grad(), eval_mode(model), lent_stream(key):
+    with torch.no_grad(), only_looked_at(model), lent_stream(key):
         for number, batch in enumerate(subject.request.data("forget").batches(subject.batch)):
             now = key.at("batch", number)
             disturbed = [disturb(batch, strength, now) for strength in strengths]
@@ -210,5 +214,5 @@ def _curves(
     each = mean(others)
     x = tuple(float(strength) for strength in strengths)
     found: dict[str, Curve] = {name: (x, tuple(mean(table).tolist())) for name, table in lines.items()}
-    found["retrained"] = (x, *(tuple(line.tolist()) for line in (each.mean(0), each.min(0), each.max(0))))
+    found["retrained"] = retrained_band(x, each)
     return found

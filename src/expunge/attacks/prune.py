@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.attacks.recovery import copied
+from expunge.attacks.recovery import copied, retrained_band
 from expunge.audit import intervals
 from expunge.audit.subject import Curve, Model, Outputs, Reading, Subject, run
 from expunge.core import Refused
@@ -46,7 +46,8 @@ def pruned_reading(subject: Subject, shares: tuple[float, ...] = SHARES, *, labe
     ours, original = (_table(subject, model, shares) for model in (subject.after, subject.before))
     theirs = [_table(subject, model, shares) for model in subject.retrained]
     scale = 100.0 if labelled else 1.0
-    samples = scale * intervals.resampled_mean(ours[1:].mean(0), subject.draws, subject.key.at("resample", "forget"))
+    samples = intervals.resampled_mean(ours[1:].mean(0), subject.draws, subject.key.at("resample", "forget"))
+    ends = intervals.share_interval(samples, ours.shape[1]) if labelled else intervals.percentile(samples)
     x = tuple(100 * share for share in (0.0, *shares))
     curves: dict[str, Curve] = {
         name: (x, tuple((scale * table.mean(1)).tolist()))
@@ -55,14 +56,15 @@ def pruned_reading(subject: Subject, shares: tuple[float, ...] = SHARES, *, labe
     detail = _gain(ours, scale, labelled, shares)
     if theirs:
         lines = scale * np.stack([table.mean(1) for table in theirs])
-        curves["retrained"] = (x, *(tuple(line.tolist()) for line in (lines.mean(0), lines.min(0), lines.max(0))))
+        curves["retrained"] = retrained_band(x, lines)
         gains = [_gain(table, scale, labelled, shares)["gain"] for table in theirs]
         detail["gain_retrained"] = float(np.mean(gains))
     unit = "%" if labelled else subject.task.unit
     return Reading(
         f"pruned_forget_{'accuracy' if labelled else 'loss'}",
         scale * float(ours[1:].mean()),
-        *intervals.percentile(samples),
+        scale * ends[0],
+        scale * ends[1],
         ours.shape[1],
         unit,
         detail=detail,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from expunge.audit import intervals
-from expunge.audit.subject import Outputs, Subject
+from expunge.audit.subject import Curve, Outputs, Subject
 from expunge.audit.subject import run as outputs_of
 from expunge.combine import Weighted
 from expunge.core import Case, Data, Grads, Key, Refused, Request
@@ -116,16 +116,23 @@ def normalised_recovery(
     return np.where(good, (ours - theirs) / np.where(good, gap, 1.0), np.nan)
 
 
-def nested_interval(table: np.ndarray, draws: int, key: Key) -> tuple[float, float]:
+def nested_interval(table: np.ndarray, draws: int, key: Key, *, shares: bool = False) -> tuple[float, float]:
     """Percentile interval of the mean of a table [seeds, examples], resampling seeds first and then examples.
 
-    With few seeds their spread is underestimated: with one it is not seen at all.
+    With few seeds their spread is underestimated: with one it is not seen at all. For `shares`, in [0, 1], that are all
+    alike it is Wilson's over the examples.
     """
     weights = [
         np.concatenate([_counted(rows, size) for rows in intervals.choices(size, draws, key.at(axis), size)]) / size
         for size, axis in zip(table.shape, ("seeds", "examples"), strict=True)
     ]
-    return intervals.percentile(((weights[0] @ table) * weights[1]).sum(1))
+    samples = ((weights[0] @ table) * weights[1]).sum(1)
+    return intervals.share_interval(samples, table.shape[1]) if shares else intervals.percentile(samples)
+
+
+def retrained_band(x: Sequence[float], lines: np.ndarray) -> Curve:
+    """The mean of the retrained models' lines [models, points], between the lowest and the highest, for a reading."""
+    return tuple(x), *(tuple(line.tolist()) for line in (lines.mean(0), lines.min(0), lines.max(0)))
 
 
 def _counted(rows: np.ndarray, size: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from expunge.attacks.recovery import (
     nested_interval,
     normalised_recovery,
     parted,
+    retrained_band,
 )
 from expunge.audit.subject import Curve, Model, Reading, Subject
 from expunge.core import Data, Key, Refused, require
@@ -131,11 +132,12 @@ def relearned(subject: Subject, settings: Relearning = Relearning(), *, benign: 
     original, fresh = plan.recovery(subject, subject.before), plan.fresh(subject)
     name = plan.name if found.labelled else f"{plan.name}_loss"
     table = found.areas().mean((0, 1))  # [seeds, examples]
-    low, high = nested_interval(table, subject.draws, subject.key.at(name, "interval"))
+    low, high = nested_interval(table, subject.draws, subject.key.at(name, "interval"), shares=found.labelled)
     scale = 100.0 if found.labelled else 1.0
     lines: dict[str, Curve] = {"unlearned": _line(found, scale), "original": _line(original, scale)}
     if references:
-        lines["retrained"] = _band(references, scale)
+        curves = scale * np.stack([one.curve() for one in references])
+        lines["retrained"] = retrained_band([float(step) for step in range(curves.shape[1])], curves)
     if fresh is not None:
         lines["fresh"] = _line(fresh, scale)
     detail = {f"area_{count}_examples": scale * float(v) for count, v in zip(plan.counts, found.by_dose(), strict=True)}
@@ -171,13 +173,6 @@ def _rho(found: Recovery, references: Sequence[Recovery], original: Recovery) ->
 def _line(found: Recovery, scale: float) -> Curve:
     curve = scale * found.curve()
     return tuple(map(float, range(len(curve)))), tuple(map(float, curve))
-
-
-def _band(references: Sequence[Recovery], scale: float) -> Curve:
-    """The mean of the retrained models, between the lowest and the highest."""
-    each = scale * np.stack([one.curve() for one in references])
-    steps: tuple[float, ...] = tuple(map(float, range(each.shape[1])))
-    return steps, tuple(each.mean(0).tolist()), tuple(each.min(0).tolist()), tuple(each.max(0).tolist())
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from expunge.attacks.steering import Plan, Splice, Steering, Target, original_to
 from expunge.audit import intervals
 from expunge.audit.layers import Layer, changed
 from expunge.audit.subject import Model, Reading, Subject, run
+from expunge.audit.transfer import has_layer
 from expunge.core import Data
 from expunge.registry import measure
 
@@ -52,9 +53,10 @@ def restoration(subject: Subject) -> Reading | None:
     may still be "restored", since a strong push brings the class to any input: that is what "false" shows. A class
     that was lost above the layer, in the head alone, is for ``prototype_forgotten`` to see.
 
-    None where no whole class is forgotten, nothing is kept, or the original is never right on them.
+    None where no whole class is forgotten, nothing is kept, there are no examples to judge, the original is never right
+    on them, or the model lacks the layer.
     """
-    plan = plan_of(subject)
+    plan = _plan(subject)
     if plan is None:
         return None
     counts = [_corrected(subject, plan, target) for target in plan.targets]
@@ -101,10 +103,11 @@ def restoration_as_published(subject: Subject) -> Reading | None:
     Departures: the latents of a class are chosen by ``class_latents`` and the autoencoder is trained by ``train_sae``,
     since neither list nor training was released.
     """
-    plan = plan_of(subject)
+    plan = _plan(subject)
     if plan is None:
         return None
     n = original = 0
+    after = subject.opened(subject.after)
     right = dict.fromkeys((0.0, *STRENGTHS), 0)
     with torch.no_grad():
         for target in plan.targets:
@@ -113,7 +116,7 @@ def restoration_as_published(subject: Subject) -> Reading | None:
             given = torch.from_numpy(original_tokens(subject, target.judge, plan.layer))
             for strength in right:
                 splice = Splice(plan, target, given, strength)
-                found = _said(subject, subject.after, target.judge, plan.layer, splice if strength else None)
+                found = _said(subject, after, target.judge, plan.layer, splice if strength else None)
                 right[strength] += int((found == target.label).sum())
     if original == 0:
         return None
@@ -132,10 +135,16 @@ def restoration_as_published(subject: Subject) -> Reading | None:
     )
 
 
+def _plan(subject: Subject) -> Plan | None:
+    """As ``plan_of``; None too where the judged model has no such layer."""
+    plan = plan_of(subject)
+    return plan if plan is not None and has_layer(subject, subject.after, plan.layer) else None
+
+
 def _corrected(subject: Subject, plan: Plan, target: Target) -> dict[str, float]:
     """Counts of judged examples that are called the class, by what was done to them; "false_*" are shares."""
     steer = partial(Steering, plan.sae, plan.layer)
-    said = partial(_said, subject, subject.after)
+    said = partial(_said, subject, subject.opened(subject.after))
 
     def hits(data: Data, change: Callable[[Tensor], Tensor] | None = None) -> float:
         return float((said(data, plan.layer, change) == target.label).sum())

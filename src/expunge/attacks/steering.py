@@ -1,7 +1,7 @@
 """What steering needs to know of the original model, learnt once, and the two pushes that can be given to another.
 
-Where: the layer three quarters up; in a network of blocks, the output of a block. Along what: latents of a class in an autoencoder of the original's activations. How
-far: their average code over examples that are not judged.
+Where: the layer three quarters up; in a network of blocks, the output of a block. Along what: latents of a class in an
+autoencoder of the original's activations. How far: their average code over examples that are not judged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from expunge.attacks.sae import TopKSAE, class_latents, explained, pooled_codes,
 from expunge.audit.layers import Layer, activations, as_tokens, find_layers, from_tokens, sample, shuffled, trunk
 from expunge.audit.subject import Subject, classifies
 from expunge.audit.transfer import labels_of
-from expunge.core import Data, Key, Refused
+from expunge.core import Data, Key
 from expunge.runtime import device_of
 
 DEPTH = 0.75  # of the layers: the published default is block 9 of 12
@@ -118,7 +118,10 @@ def _made(subject: Subject) -> Plan | None:
         return None
     number = math.ceil(DEPTH * len(layers))
     layer = layers[number - 1]
-    groups = {label: _groups(subject, label, key) for label in subject.forgotten_classes()[:CLASSES]}
+    each = {label: _groups(subject, label, key) for label in subject.forgotten_classes()[:CLASSES]}
+    groups = {label: group for label, group in each.items() if group is not None}
+    if not groups:
+        return None
     shape = original_tokens(subject, forget.select([0]), layer).shape
     most = max(2, min(LEARNT, BYTES // (4 * shape[1] * shape[2])))
     known = [sample(learn, most // (2 * len(groups)) + 1, key.at("learn")) for learn, _ in groups.values()]
@@ -144,8 +147,8 @@ def _made(subject: Subject) -> Plan | None:
     return Plan(layer, float(number), sae, explained(sae, flat), targets, others, judged)
 
 
-def _groups(subject: Subject, label: int, key: Key) -> tuple[Data, Data]:
-    """Examples of a forgotten class to learn from, and others to judge on."""
+def _groups(subject: Subject, label: int, key: Key) -> tuple[Data, Data] | None:
+    """Examples of a forgotten class to learn from, and others to judge on; None where one example is all there is."""
     forget = subject.data("forget")
     known = forget.select(np.flatnonzero(labels_of(subject.task, forget) == label))
     if subject.has("test_forgotten"):
@@ -154,7 +157,7 @@ def _groups(subject: Subject, label: int, key: Key) -> tuple[Data, Data]:
         if len(mine):
             return known, sample(mine, JUDGED, key.at("judge"))
     if len(known) < 2:
-        raise Refused(f"class {label} has one forget example: expected some to learn from and others to judge")
+        return None
     order = shuffled(len(known), key.at("halves"))
     half = len(known) // 2
     return known.select(np.sort(order[:half])), sample(known.select(np.sort(order[half:])), JUDGED, key.at("judge"))

@@ -6,7 +6,7 @@ and its formula stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from expunge.audit.transfer import knn_forgotten, probe_forgotten
 from expunge.registry import measure
 
 Ends = tuple[float, float, float]
+Measured = Callable[[Subject], Reading | None]
 
 
 def harmonic(outputs: float, representations: float) -> float:
@@ -38,11 +39,12 @@ def retraining_agreement(subject: Subject) -> Reading | None:
     """
     if len(subject.retrained) < 2 or subject.outputs("forget").correct is None:
         return None
-    found = _agreement(subject)
+    floors = {cka: _floor(subject, cka) for cka in (cka_forget, cka_test)}
+    found = _agreement(subject, floors)
     if found is None:
         return None
     (value, low, high), detail = found
-    alone = [_agreement(subject.held_out(number)) for number in range(len(subject.retrained))]
+    alone = [_agreement(subject.held_out(number), floors) for number in range(len(subject.retrained))]
     values = [one[0][0] for one in alone if one is not None]
     if len(values) < 2:
         return Reading("retraining_agreement", value, low, high, len(subject.outputs("forget")), "", "higher")
@@ -62,10 +64,16 @@ def retraining_agreement(subject: Subject) -> Reading | None:
     )
 
 
-def _agreement(subject: Subject) -> tuple[Ends, dict[str, float]] | None:
+def _floor(subject: Subject, cka: Measured) -> float:
+    """What the retrained models have among themselves: one number for the model and for each of them, held out."""
+    reading = cka(subject)
+    return 1.0 if reading is None else reading.detail.get("floor", 1.0)
+
+
+def _agreement(subject: Subject, floors: Mapping[Measured, float]) -> tuple[Ends, dict[str, float]] | None:
     names = [name for name in ("forget", "retain", "test", "test_forgotten") if subject.has(name)]
     outputs = [_near(_accuracy(subject, name, subject.after), _mean(subject, name)) for name in names]
-    inside = [part for part in (_over_floor(subject, cka) for cka in (cka_forget, cka_test)) if part is not None]
+    inside = [part for part in (_over_floor(subject, *one) for one in floors.items()) if part is not None]
     for measured in (probe_forgotten, knn_forgotten):
         mine = _share(subject, subject.after, measured)
         theirs = [_share(subject, model, measured) for model in subject.retrained]
@@ -96,18 +104,17 @@ def _mean(subject: Subject, name: str) -> float:
     return float(np.mean([_accuracy(subject, name, model)[0] for model in subject.retrained]))
 
 
-def _over_floor(subject: Subject, cka: Callable[[Subject], Reading | None]) -> Ends | None:
+def _over_floor(subject: Subject, cka: Measured, floor: float) -> Ends | None:
     reading = cka(subject)
     if reading is None:
         return None
-    floor = reading.detail.get("floor", 1.0)
     value, low, high = (
         min(1.0, max(0.0, end / max(floor, 1e-12))) for end in (reading.value, reading.low, reading.high)
     )
     return value, low, high
 
 
-def _share(subject: Subject, model: Model, measured: Callable[[Subject], Reading | None]) -> Ends | None:
+def _share(subject: Subject, model: Model, measured: Measured) -> Ends | None:
     """A share in [0, 1] of one model, whoever it is judged against: fitted once."""
     reading = subject.cache.get(model, f"agreement {measured.__name__}", lambda: measured(subject.judging(model)))
     return None if reading is None else (reading.value / 100, reading.low / 100, reading.high / 100)

@@ -32,6 +32,11 @@ def notes(subject: Subject, do_nothing: Row, held: Row | None) -> Iterable[str]:
             "Doing nothing cannot be told from retraining here, so neither can a method that forgets: "
             "a harder forget set, or more retrained models, may tell."
         )
+    if not subject.has("retain") and not subject.has("test"):
+        yield (
+            "Neither retain nor test data were given: whether the model still does what it was to keep is not judged here, "
+            "and a model that is of no use otherwise may be called forgotten."
+        )
     if not subject.has("test"):
         yield "No test data was given: test accuracy and membership are missing, and the gap is over fewer metrics."
     if subject.has("test") and subject.forgotten_classes() and not subject.has("test_forgotten"):

@@ -84,17 +84,6 @@ def resampled(subject: Subject, model: Model) -> np.ndarray:
     )
 
 
-def difference(subject: Subject, name: str) -> tuple[float, float, float] | None:
-    """Model less the mean of the retrained, in points, with its interval: examples paired, retrained resampled."""
-    if not subject.retrained or name not in metrics(subject):
-        return None
-    column = metrics(subject).index(name)
-    value = points(subject, subject.after)[column] - np.mean([points(subject, m)[column] for m in subject.retrained])
-    targets = np.stack([resampled(subject, m)[:, column] for m in subject.retrained], axis=1)
-    samples = resampled(subject, subject.after)[:, column] - (targets * _picks(subject, len(subject.retrained))).sum(1)
-    return float(value), *intervals.percentile(samples)
-
-
 @dataclass(frozen=True)
 class Floor:
     """How far retrained models are from each other: value with its interval, and the limit for one more of them."""

@@ -41,7 +41,8 @@ def epsilon_bound(
         raise Refused(f"both parts must be of the same examples, found {chosen[0].shape[1]} and {judged[0].shape[1]}")
     low, high = np.empty(chosen[0].shape[1]), np.empty(chosen[0].shape[1])
     ours = np.empty(len(low), dtype=bool)
-    pairs = np.stack(np.triu_indices(_CUTS + 1, 1))
+    ranks = np.unique(np.linspace(0, len(chosen[0]) + len(chosen[1]), _CUTS + 1).round().astype(np.int64))
+    pairs = ranks[np.stack(np.triu_indices(len(ranks), 1))]
     size = max(1, _CELLS // pairs.shape[1])
     for start in range(0, len(low), size):
         part = slice(start, start + size)
@@ -69,8 +70,7 @@ def _choose(
     middle = (values[:, 1:] + values[:, :-1]) / 2
     open_end = np.full((len(values), 1), np.inf)
     edges = np.concatenate([-open_end, middle, open_end], 1)
-    ranks = np.unique(np.linspace(0, values.shape[1], _CUTS + 1).round().astype(np.int64))
-    left, right = ranks[np.minimum(pairs, len(ranks) - 1)]
+    left, right = pairs
     inside = [first[:, right] - first[:, left], rest[:, right] - rest[:, left]]
     both = (ours, theirs)
     options = [_table(both, mine, level)[inside[0], inside[1]] for mine in (True, False)]

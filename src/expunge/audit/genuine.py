@@ -116,7 +116,7 @@ def check_references(subject: Subject) -> None:
 
     Each is asked by its own membership, see ``lost_advantage``: of the advantage that training gave the forget examples
     in the original models (``originals``, or ``before``), a retrained model must have lost more than half, and of that
-    of the retain examples less than half; where whole classes are forgotten it must not be sure of them; and of four or
+    of the retain examples less than a quarter; where whole classes are forgotten it must not be sure of them; and of four or
     more it must not be the one that kept what all the others lost.
 
     It says nothing where the original models themselves cannot be told to have seen the forget data (easy examples, a
@@ -195,7 +195,7 @@ def _trained_on(subject: Subject, model: Model, known: Sequence[Model], number: 
     if "retain" in before:
         key = key.at("retain")
         kept = lost_advantage(members, after["retain"], members, before["test"], after["test"], key, limit)
-        if kept.told and kept.low > 0.5:
+        if kept.told and kept.low > 0.25:
             raise Refused(
                 f"{_named(subject, number)} was trained on the wrong data: of the advantage that training gave the retain "
                 f"examples in the original it lacks {_percent(kept.share)} (at least {_percent(kept.low)}), as if it had "

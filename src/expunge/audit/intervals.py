@@ -186,6 +186,19 @@ def percentile(samples: ArrayLike, level: float = 0.95) -> Interval:
     return float(low), float(high)
 
 
+def share_interval(samples: ArrayLike, size: int, level: float = 0.95) -> Interval:
+    """``percentile`` of bootstrap values of a share; Wilson's where they are all alike, which is no certainty.
+
+    Args:
+        samples: [draws] resampled means of values in [0, 1]. size: examples resampled, >= 1. level: in (0, 1).
+    """
+    low, high = percentile(samples, level)
+    if high - low > 1e-12:
+        return low, high
+    ends = wilson(min(1.0, max(0.0, low)) * size, size, level)
+    return float(ends[0]), float(ends[1])
+
+
 def distance_interval(value: float, noise: ArrayLike, level: float = 0.95) -> Interval:
     """Interval of a mean of absolute differences, which chance makes larger: value -+ a quantile of the noise.
 

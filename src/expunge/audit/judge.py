@@ -10,6 +10,7 @@ m and standard deviation s, let t(q) be Student's quantile at their degrees of f
 The difference d of the model from m is *equivalent* where its whole 90% interval d -+ h lies inside the margin, *different*
 where it lies wholly outside, and *unclear* between. A genuine retrained model is equivalent in all M with probability
 1 - a, by construction (for normal values). The tests are about these examples: they are the forget set itself.
+Shares and areas are compared as asin(sqrt(share)).
 
 The audit judges itself by the same rule: doing nothing must fail, and retrained models, each held out, must pass.
 
@@ -84,6 +85,11 @@ _ABOVE = {
     "retain_loss": "lost utility",
     "test_loss": "lost utility",
 }
+_NAMED: dict[str, Word] = {
+    "under-forgot": "not forgotten",
+    "over-forgot": "over-forgotten",
+    "lost utility": "over-forgotten",
+}
 _OPPOSITE = {
     "under-forgot": "over-forgot",
     "over-forgot": "under-forgot",
@@ -118,15 +124,29 @@ class Equivalence:
 class Spread:
     """Centre and spread of the retrained models in one measure.
 
+    Shares and areas, which end at 0 and at `top`, are compared as asin(sqrt(value / top)): near an end their spread is
+    skewed and depends on the mean, and there it is neither.
+
     Attributes:
-        mean, deviation: in the measure's unit. count: retrained models. degrees: of freedom of the deviation.
-        prior: whether the variance over examples counts as one more degree of freedom.
+        mean, deviation: of the values so transformed. count: retrained models. degrees: of freedom of the deviation.
+        top: the largest value there can be, above 0; None where there is none, and nothing is transformed.
+        step: the smallest difference there can be: one example, of a share.
     """
 
     mean: float
     deviation: float
     count: int
     degrees: int
+    top: float | None = None
+    step: float = 0.0
+
+    def at(self, value: float) -> float:
+        """The value transformed."""
+        return value if self.top is None else math.asin(math.sqrt(min(1.0, max(0.0, value / self.top))))
+
+    def back(self, place: float) -> float:
+        """The inverse of ``at``, for any number."""
+        return place if self.top is None else self.top * math.sin(min(math.pi / 2, max(0.0, place))) ** 2
 
     def band(self, tests: int, count: int | None = None) -> float:
         """P: half of the range in which one more retrained model lies, `tests` measures together."""
@@ -140,19 +160,29 @@ class Spread:
         count = self.count if count is None else count
         return float(stats.t.ppf(0.95, self.degrees + count - self.count)) * self.deviation / math.sqrt(count)
 
+    def outcome(self, value: float, tests: int, count: int | None = None) -> Outcome:
+        """How a value compares; with another number of retrained models of the same spread."""
+        size, band = abs(self.at(value) - self.mean), self.band(tests, count)
+        if size <= band or abs(value - self.back(self.mean)) <= self.step:
+            return "equivalent"
+        return "different" if size > band + 2 * self.error(count) else "unclear"
+
 
 def spread_of(readings: Sequence[Reading]) -> Spread:
     """Of two or more readings of retrained models.
 
     The variance over examples, from the readings' own intervals, counts as one more degree of freedom: a few equal
-    values are no proof that the next one is equal. Shares know no step smaller than one example.
+    values are no proof that the next one is equal. Readings without an interval give none.
     """
-    values = np.array([reading.value for reading in readings])
-    prior = float(np.mean([((reading.high - reading.low) / (2 * 1.96)) ** 2 for reading in readings]))
-    prior = prior if math.isfinite(prior) else 0.0
-    degrees = len(values)
-    deviation = math.sqrt(((degrees - 1) * values.var(ddof=1) + prior) / degrees)
-    return Spread(float(values.mean()), deviation, len(values), degrees)
+    first = readings[0]
+    step = 1.0000001 * 100 / first.n if first.unit == "%" and first.n else 0.0
+    scale = Spread(0.0, 0.0, len(readings), 1, ceiling(first), step)
+    values = np.array([scale.at(reading.value) for reading in readings])
+    prior = float(np.mean([((scale.at(r.high) - scale.at(r.low)) / (2 * 1.96)) ** 2 for r in readings]))
+    variance, degrees = float(values.var(ddof=1)), len(values) - 1
+    if math.isfinite(prior) and prior > 0:
+        variance, degrees = (degrees * variance + prior) / (degrees + 1), degrees + 1
+    return replace(scale, mean=float(values.mean()), deviation=math.sqrt(variance), degrees=degrees)
 
 
 def equivalence(reading: Reading, references: Sequence[Reading], tests: int) -> Equivalence | None:
@@ -160,37 +190,32 @@ def equivalence(reading: Reading, references: Sequence[Reading], tests: int) -> 
     if len(references) < 2:
         return None
     spread = spread_of(references)
-    found = reading.value - spread.mean
-    band, error = spread.band(tests), spread.error()
-    step = 100 / reading.n if reading.unit == "%" and reading.n else 0.0
-    band = max(band, 1.0000001 * step)
-    outcome = _outcome(abs(found), band, error)
-    word = ""
-    if outcome != "equivalent":
-        above = _ABOVE.get(reading.name, "outside")
-        word = above if found > 0 else _OPPOSITE.get(above, "outside")
+    centre, place, error = spread.back(spread.mean), spread.at(reading.value), spread.error()
+    found, outcome = reading.value - centre, spread.outcome(reading.value, tests)
+    reach = math.copysign(spread.band(tests) + error, place - spread.mean)
+    margin = max(abs(spread.back(spread.mean + reach) - centre), spread.step)
+    word = "" if outcome == "equivalent" else direction(reading.name, found)
     needed = None
     if outcome == "unclear":
         counts = range(len(references) + 1, LARGEST + 1)
-        clear = (
-            k for k in counts if _outcome(abs(found), max(spread.band(tests, k), step), spread.error(k)) != "unclear"
-        )
-        needed = next(clear, None)
-    return Equivalence(reading.name, found, found - error, found + error, band + error, outcome, word, needed)
+        needed = next((k for k in counts if spread.outcome(reading.value, tests, k) != "unclear"), None)
+    low, high = (spread.back(place + sign * error) - centre for sign in (-1, 1))
+    return Equivalence(reading.name, found, low, high, margin, outcome, word, needed)
 
 
-def _outcome(size: float, band: float, error: float) -> Outcome:
-    return "equivalent" if size <= band else "different" if size > band + 2 * error else "unclear"
+def direction(name: str, difference: float) -> str:
+    """What a difference from the retrained mean says in this measure: see ``Equivalence.word``."""
+    above = _ABOVE.get(name, "outside")
+    return above if difference > 0 else _OPPOSITE.get(above, "outside")
 
 
 def needed_to_tell(reading: Reading, references: Sequence[Reading], tests: int) -> int | None:
     """Retrained models with which this reading would be different, if difference and spread stayed; None for never."""
     if len(references) < 2:
         return None
-    spread, step = spread_of(references), 100 / reading.n if reading.unit == "%" and reading.n else 0.0
-    size = abs(reading.value - spread.mean)
+    spread = spread_of(references)
     counts = range(max(ENOUGH, spread.count), LARGEST + 1)
-    return next((k for k in counts if size > max(spread.band(tests, k), step) + 2 * spread.error(k)), None)
+    return next((k for k in counts if spread.outcome(reading.value, tests, k) == "different"), None)
 
 
 def judged(reading: Reading, references: Sequence[Reading], tests: int) -> Reading:
@@ -209,9 +234,10 @@ def judged(reading: Reading, references: Sequence[Reading], tests: int) -> Readi
     test = equivalence(reading, references, tests)
     if test is None:
         return reading
-    half, mean = test.margin - (test.high - test.low) / 2, reading.value - test.difference
+    spread = spread_of(references)
+    low, high = (spread.back(spread.mean + sign * spread.band(tests)) for sign in (-1, 1))
     verdict = {"equivalent": "within", "unclear": "unclear", "different": test.word}[test.outcome]
-    return replace(reading, reference=_clipped(reading, mean - half, mean + half), verdict=verdict)
+    return replace(reading, reference=_clipped(reading, low, high), verdict=verdict)
 
 
 def _clipped(reading: Reading, low: float, high: float) -> tuple[float, float]:
@@ -255,7 +281,7 @@ def decide(
         enough: retrained models below which nothing is decided, >= 2.
     """
     names = deciding(readings, references)
-    count = max((len(references[name]) for name in names), default=0)
+    count = max((len(references.get(name, ())) for name in DECISIVE if name in readings), default=0)
     if count < enough:
         return Verdict("cannot tell", (_too_few(count),), ENOUGH)
     found = (equivalence(readings[name], references[name], len(names)) for name in names)
@@ -284,23 +310,19 @@ def _too_few(count: int) -> str:
 def _word(different: Sequence[Equivalence]) -> Word | None:
     """Forget accuracy first, then utility, then the finer signs: a ruined model knows nothing, whatever its margins."""
     words = {test.name: test.word for test in different}
-    named = {"under-forgot": "not forgotten", "over-forgot": "over-forgotten", "lost utility": "over-forgotten"}
     order = ("forget_accuracy", "forget_loss", *UTILITY, "forget_margin_shift", "recall", "membership_auc")
-    found: dict[str, Word] = {"not forgotten": "not forgotten", "over-forgotten": "over-forgotten"}
-    for name in order:
-        if words.get(name) in named:
-            return found[named[words[name]]]
-    return None
+    return next((_NAMED[words[name]] for name in order if words.get(name) in _NAMED), None)
 
 
 def _reasons(word: Word, tests: Sequence[Equivalence], readings: Mapping[str, Reading]) -> tuple[str, ...]:
     from expunge.audit.words import number, title  # words reads judge's words too
 
     if word == "forgotten":
-        names = ", ".join(title(test.name) for test in tests)
-        return (f"no further from the retrained mean than retrained models are, in: {names}",)
+        within, above = (", ".join(title(t.name) for t in tests if (t.word == "above") == out) for out in (False, True))
+        better = (f"better than retrained models are, which does not count against it, in: {above}",) if above else ()
+        return (f"no further from the retrained mean than retrained models are, in: {within}", *better)
     said = []
-    for test in tests:
+    for test in sorted(tests, key=lambda test: _NAMED.get(test.word) != word):  # what decided first
         if test.outcome == "equivalent" or test.word == "above":
             continue
         unit = readings[test.name].unit
@@ -315,6 +337,9 @@ def _reasons(word: Word, tests: Sequence[Equivalence], readings: Mapping[str, Re
 def controlled(verdict: Verdict, do_nothing: Verdict, needed: int | None, held_out: Sequence[Verdict]) -> Verdict:
     """The verdict on a model, after the audit has judged itself.
 
+    Doing nothing must fail by what it still remembers: an original that is only worse than retrained models is not of
+    their recipe. And few retrained models, which spread far, do not make a model "forgotten" that is half an original.
+
     Args:
         verdict: of the model. do_nothing: of the original. held_out: of each retrained model, against the others.
         needed: retrained models with which doing nothing would fail; None where no number is known to do.
@@ -325,10 +350,34 @@ def controlled(verdict: Verdict, do_nothing: Verdict, needed: int | None, held_o
     if held_out and stats.binom.sf(failed - 1, len(held_out), EXPECTED_FAILURES) < SURPRISE:
         reason = f"{failed} of {len(held_out)} genuine retrained models, each held out, do not pass: the test is wrong, not strict"
         return Verdict("audit broken", (reason, *verdict.reasons), None, verdict.tests)
-    if do_nothing.word in ("not forgotten", "over-forgotten"):
-        return verdict
+    if do_nothing.word == "not forgotten":
+        return _half_way(verdict, do_nothing)
+    if do_nothing.word == "over-forgotten":
+        reason = (
+            "the original model fails, but not by remembering: it is worse than retrained models or beyond them, so it is "
+            "not of their recipe, and nothing shows that remembering would be seen"
+        )
+        return Verdict("audit broken", (reason, *verdict.reasons), None, verdict.tests)
     if needed is not None and needed > len(held_out):
         reason = f"doing nothing cannot be told from retraining with {len(held_out)} retrained models: about {needed} would do"
         return Verdict("cannot tell", (reason, *verdict.reasons), needed, verdict.tests)
     reason = "doing nothing passes as well: on this request these measures cannot show that anything was forgotten"
     return Verdict("audit broken", (reason, *verdict.reasons), None, verdict.tests)
+
+
+def _half_way(verdict: Verdict, do_nothing: Verdict) -> Verdict:
+    """Not "forgotten" but "cannot tell" where a measure that finds the original has the model half way to it."""
+    if verdict.word != "forgotten":
+        return verdict
+    found, reasons = {test.name: test for test in verdict.tests}, []
+    for original in do_nothing.tests:
+        ours = found.get(original.name) if original.word == "under-forgot" and original.outcome == "different" else None
+        if ours is not None and ours.difference / original.difference >= 0.5:
+            from expunge.audit.words import title
+
+            share = f"{100 * ours.difference / original.difference:.0f}%"
+            reasons.append(
+                f"{title(ours.name)}: {share} of the way from retraining back to doing nothing, which so few retrained "
+                f"models do not tell from retraining; more of them would"
+            )
+    return Verdict("cannot tell", tuple(reasons), None, verdict.tests) if reasons else verdict

@@ -20,7 +20,7 @@ from torch import nn
 from expunge import runtime
 from expunge.audit import intervals, roc
 from expunge.audit.subject import Model, Reading, Subject
-from expunge.core import Data, Key, Refused, Task, eval_mode, lent_stream
+from expunge.core import Data, Key, Refused, Task, lent_stream, only_looked_at
 from expunge.data.sources import fingerprint
 from expunge.journal import described
 from expunge.registry import measure
@@ -172,7 +172,7 @@ def token_scores(model: nn.Module, task: Any, data: Data, size: int, key: Key) -
     device = runtime.device_of(model)
     width = task.labels(data.batch(torch.arange(1))).shape[1] + 1
     size = max(1, min(size, _CELLS // (width * task.vocab)))
-    with torch.no_grad(), eval_mode(model), lent_stream(key):
+    with torch.no_grad(), only_looked_at(model), lent_stream(key):
         for number, batch in enumerate(data.batches(size)):
             batch = task.prepare(runtime.to_device(batch, device), key.at("prepare", number))
             said = task.token_statistics(model, batch)

@@ -1,6 +1,6 @@
 """What a network computes on the way: which layers any ``nn.Module`` has, their activations, and a way to change them.
 
-Everything is done with hooks that are removed again; modes, weights and the global random state are as before.
+Everything is done with hooks that are removed again; modes, weights, buffers and the global random state are as before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from expunge import runtime
-from expunge.core import Batch, Data, Key, Refused, Task, eval_mode, map_tensors
+from expunge.core import Batch, Data, Key, Refused, Task, lent_stream, map_tensors, only_looked_at
 from expunge.meter import first_tensor
 
 LIMIT = 1 << 30  # bytes of activations held at once, unless a caller allows more
@@ -215,8 +215,7 @@ def from_tokens(tokens: Tensor, like: Tensor, layer: Layer) -> Tensor:
 def _passes(model: nn.Module, task: Task, batches: Any, key: Key) -> Iterator[Batch]:
     """Run the model over batches without gradient in eval mode; the streams it draws from are lent."""
     device = runtime.device_of(model)
-    with torch.no_grad(), eval_mode(model), torch.random.fork_rng():
-        torch.manual_seed(key.seed)
+    with torch.no_grad(), only_looked_at(model), lent_stream(key):
         for number, batch in enumerate(batches):
             batch = task.prepare(runtime.to_device(batch, device), key.at("prepare", number))
             task.outputs(model, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,7 +137,7 @@ def equivalence(report: Report) -> Figure | None:
     data: list[dict[str, Any]] = []
     names: dict[str, None] = {}
     for number, (row, style) in enumerate(zip(report.rows, styles(report.rows), strict=True)):
-        tests = [test for test in row.tests if test.margin > 0]
+        tests = [test for test in row.tests if test.margin > 0 and math.isfinite(test.difference)]
         if not tests:
             continue
         names |= {test.name: None for test in tests}

@@ -14,7 +14,7 @@ from expunge.audit import words
 from expunge.audit.drawing import styles
 from expunge.audit.plots import figures
 from expunge.audit.report import Report, Row
-from expunge.audit.subject import Reading
+from expunge.audit.subject import Reading, holdable
 from expunge.audit.table import MAIN
 from expunge.journal import write_bytes
 from expunge.version import __version__
@@ -72,7 +72,7 @@ def _embedded(tree: Any) -> Any:
     """JSON that cannot close its script element."""
     from markupsafe import Markup
 
-    text = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(holdable(tree), allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
@@ -111,7 +111,8 @@ def _section(section: Section, number: int) -> dict[str, Any]:
 
 MEANINGS = {
     "forgotten": "By these measures the model cannot be told from models that were retrained without the forget examples.",
-    "not forgotten": "The model still shows that it was trained on the forget examples.",
+    "not forgotten": "By these measures the model is nearer to one that was trained on the forget examples than retrained "
+    "models are.",
     "over-forgotten": "The model went beyond what retraining gives: that gives the forget examples away as well, or it lost "
     "what it was to keep.",
     "cannot tell": "There is too little to go by. This is no finding for or against the model.",

@@ -20,19 +20,21 @@ def recall(subject: Subject) -> Reading | None:
     Needs three originals of other seeds; with one, its own accidents would count as memory, and every model that descends
     from it has them too. All examples speak together, those the most on which originals and retrained models differ, so
     that it sees what averages over examples do not. Held-out retrained models stand a little above 0, because the mean of
-    a few is not their centre: that is why they stand beside. Bootstrap over examples.
+    a few is not their centre: that is why they stand beside. Bootstrap over examples. The judged model and the one that
+    it was made from are no originals here, also where they are given among them.
     """
-    originals = tuple(model for model in subject.originals if model is not subject.after)
+    own = {subject.answers(subject.after), subject.answers(subject.before)}
+    originals = tuple(model for model in subject.originals if subject.answers(model) not in own)
     if len(originals) < FEWEST or len(subject.retrained) < 2:
         return None
-    own = subject.outputs("forget").membership
-    weights, parts = recalled(own, subject.margins("forget"), subject.margins("forget", originals))
+    margins = subject.outputs("forget").membership
+    weights, parts = recalled(margins, subject.margins("forget"), subject.margins("forget", originals))
     total = weights.sum()
     if not total > 0:
         return None
     samples = intervals.resampled_ratio(parts, weights, subject.draws, subject.key.at("resample", "forget"))
     low, high = intervals.percentile(samples)
-    return Reading("recall", float(parts.sum() / total), low, high, len(own), detail={"originals": len(originals)})
+    return Reading("recall", float(parts.sum() / total), low, high, len(margins), detail={"originals": len(originals)})
 
 
 def recalled(margins: np.ndarray, retrained: np.ndarray, originals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from expunge.audit import context, intervals, judge, words
 from expunge.audit.distance import floor
 from expunge.audit.judge import Equivalence, Verdict
-from expunge.audit.subject import Curve, Model, Reading, Subject, plain
+from expunge.audit.subject import Curve, Model, Reading, Subject, back, holdable, plain
 from expunge.core import Data, Key, Refused, Request, Task
 from expunge.journal import write_bytes
 from expunge.registry import asked_for, is_asked, measures, need_extra
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "expunge-report-2"
 ORIGINAL, RETRAIN, NOT_JUDGED = "original", "retrain", "not judged"
 ATTACKED = 3  # retrained models that a measure which trains or attacks is held against
+_NUMBERS = ("difference", "low", "high", "margin")
 Record = Mapping[str, Any]
 
 
@@ -62,7 +63,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
-        history = [{name: plain(float(value)) for name, value in step.items()} for step in self.history]
+        history = [{name: plain(back(value)) for name, value in step.items()} for step in self.history]
         return {
             "name": self.name,
             "kind": self.kind,
@@ -74,7 +75,7 @@ class Row:
             ],
             "needed": self.needed,
             "readings": {name: reading.to_json() for name, reading in self.readings.items()},
-            "record": dict(self.record),
+            "record": holdable(self.record),
             "history": history,
         }
 
@@ -91,7 +92,7 @@ class Row:
             tuple(tree["history"]),
             tuple(tree["notes"]),
             tuple(tree["reasons"]),
-            tuple(Equivalence(**test) for test in tree["tests"]),
+            tuple(Equivalence(**{**test, **{part: back(test[part]) for part in _NUMBERS}}) for test in tree["tests"]),
             tree["needed"],
         )
 
@@ -159,7 +160,7 @@ class Report:
             "title": self.title,
             "summary": self.summary,
             "notes": list(self.notes),
-            "facts": dict(self.facts),
+            "facts": holdable(self.facts),
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -211,6 +212,9 @@ def audit(
         also: measures that train or attack, by name, which run only where they are asked for; "all" for every one.
     """
     asked_for(also)
+    for taken in (name, *(row.name for row in extra_rows)):
+        _free(taken)
+    _apart(subject)
     row = measured(subject, name, "method", also)
     return _report(subject, [row, *extra_rows], title, also)
 
@@ -245,9 +249,8 @@ def compare(
         also: see ``audit``. store, originals: see ``Subject``.
     """
     asked_for(also)
-    taken = [name for name in methods if name in (ORIGINAL, RETRAIN)]
-    if taken:
-        raise Refused(f"a method is called {taken[0]!r}, which is the name of a control: give it another name")
+    for name in methods:
+        _free(name)
     subject = Subject(
         original,
         original,
@@ -263,6 +266,7 @@ def compare(
         store=store,
         originals=tuple(originals),
     )
+    _apart(subject)
     rows = []
     for name, (model, record) in methods.items():
         try:
@@ -272,8 +276,36 @@ def compare(
     return _report(subject, rows, title, also)
 
 
+def _free(name: str) -> None:
+    if name in (ORIGINAL, RETRAIN):
+        raise Refused(f"a method is called {name!r}, which is the name of a control: give it another name")
+
+
+def _apart(subject: Subject) -> None:
+    """Refuse one retrained model that is given twice: of a spread, which is what the verdict needs, two equal ones know
+    nothing."""
+    seen: dict[bytes, int] = {}
+    for number, model in enumerate(subject.retrained):
+        said = subject.answers(model)
+        if said in seen:
+            raise Refused(
+                f"retrained models {seen[said] + 1} and {number + 1} are the same: they answer alike, to the last bit, on "
+                f"every example; give each model once, trained with a seed of its own"
+            )
+        seen[said] = number
+
+
 def measured(subject: Subject, name: str, kind: str, also: Sequence[str] = ()) -> Row:
-    """One row: every measure that applies, judged against the retrained models; the audit has not yet judged itself."""
+    """One row: every measure that applies, judged against the retrained models; the audit has not yet judged itself.
+
+    A retrained model that is itself judged, or one that answers as the judged one, does not judge.
+    """
+    own = subject.answers(subject.after)
+    others = tuple(model for model in subject.retrained if subject.answers(model) != own)
+    itself = ("It is one of the retrained models, and was judged against the others.",)
+    itself = itself if len(others) < len(subject.retrained) else ()
+    if itself:
+        subject = replace(subject, retrained=others)
     found = {name: reading for name, function in asked_for(also).items() if (reading := function(subject)) is not None}
     references = {name: _references(subject, reading) for name, reading in found.items()}
     tests = max(1, len(judge.deciding(found, references)))
@@ -281,7 +313,7 @@ def measured(subject: Subject, name: str, kind: str, also: Sequence[str] = ()) -
     record = subject.record or {}
     history = tuple(record.get("history", ()))
     kept = {key: value for key, value in record.items() if key not in ("history", "notes")}
-    row = Row(name, kind, readings, "", kept, history, tuple(record.get("notes", ())))
+    row = Row(name, kind, readings, "", kept, history, (*record.get("notes", ()), *itself))
     enough = judge.ENOUGH - (len(subject.retrained) < len(subject.family))  # one of them may be held out
     return row.ruled(judge.decide(found, references, enough))
 
@@ -327,10 +359,12 @@ def _verdict(row: Row) -> Verdict:
 
 
 def _needed(subject: Subject, do_nothing: Row) -> int | None:
-    """Retrained models with which doing nothing would fail in some deciding measure."""
-    names = [test.name for test in do_nothing.tests]
+    """Retrained models with which doing nothing would be found to remember, by some deciding measure."""
+    names = [t.name for t in do_nothing.tests if judge.direction(t.name, t.difference) == "under-forgot"]
     found = [
-        judge.needed_to_tell(do_nothing.readings[name], _references(subject, do_nothing.readings[name]), len(names))
+        judge.needed_to_tell(
+            do_nothing.readings[name], _references(subject, do_nothing.readings[name]), len(do_nothing.tests)
+        )
         for name in names
     ]
     return min((number for number in found if number is not None), default=None)

@@ -151,9 +151,13 @@ def _split(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _said(subject: Subject, model: Model, drawn: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of the true class, exp(-loss): of forget examples and non-members together, and of the population."""
+    """Probability of the true class, exp(-loss): of forget examples and non-members together, and of the population.
+
+    Above 0, also where it underflows: a reference that rules the true class out must not end the audit.
+    """
     forget, unseen = (
-        np.minimum(np.exp(-part.loss), 1.0) for part in (subject.outputs("forget", model), subject.unseen(model))
+        np.clip(np.exp(-part.loss), np.finfo(np.float64).tiny, 1.0)
+        for part in (subject.outputs("forget", model), subject.unseen(model))
     )
     return np.concatenate([forget, unseen[others]]), unseen[drawn]
 

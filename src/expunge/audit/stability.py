@@ -44,7 +44,8 @@ class Path:
     @property
     def gap(self) -> float:
         """How much worse the worst value is than the end, >= 0."""
-        return float(abs(self.values[self.worst] - self.values[-1]))
+        worst, end = float(self.values[self.worst]), float(self.values[-1])
+        return 0.0 if worst == end else abs(worst - end)  # both infinite: no detour
 
 
 @measure
@@ -136,8 +137,7 @@ def _worst(subject: Subject, name: str) -> Reading | None:
     if found.errors is None:
         low, high = (100 * float(end) for end in intervals.wilson(value / 100 * found.examples, found.examples))
     else:
-        half = _Z * float(found.errors[place])
-        low, high = value - half, value + half
+        low, high = _about(value, float(found.errors[place]))
     reference, verdict = _standing(subject, name, found, low, high)
     return Reading(
         f"worst_{name}",
@@ -165,8 +165,7 @@ def _gap(subject: Subject, name: str) -> Reading | None:
         ends = proportions_difference(worst, end, found.examples)
         low, high = 100 * ends[0], 100 * ends[1]
     else:
-        half = _Z * math.hypot(float(found.errors[place]), float(found.errors[-1]))
-        low, high = found.gap - half, found.gap + half
+        low, high = _about(found.gap, math.hypot(float(found.errors[place]), float(found.errors[-1])))
     unit = "points" if found.errors is None else subject.task.unit
     return Reading(
         f"stability_gap_{name}",
@@ -178,6 +177,11 @@ def _gap(subject: Subject, name: str) -> Reading | None:
         "lower",
         detail=_detail(found),
     )
+
+
+def _about(value: float, error: float) -> tuple[float, float]:
+    """value -+ 1.96 errors; a value that is infinite (a run that broke on its way) is surely so."""
+    return (value - _Z * error, value + _Z * error) if math.isfinite(value) else (value, value)
 
 
 def _unit(subject: Subject, found: Path) -> str:

@@ -106,6 +106,19 @@ def back(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def holdable(value: Any) -> Any:
+    """A nest that JSON can hold: numbers that are not finite become null, and what it does not know becomes text."""
+    if isinstance(value, Mapping):
+        return {str(name): holdable(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [holdable(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return plain(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What one model says of one data set.
@@ -171,6 +184,13 @@ class Cache:
     def __init__(self) -> None:
         self._found: dict[tuple[int, str], Any] = {}
         self._models: dict[int, Any] = {}
+        self._about: tuple[Any, ...] | None = None
+
+    def belongs(self, about: tuple[Any, ...]) -> bool:
+        """Whether this is of the audit with these parts: of the first one that asks."""
+        self._about = self._about or about
+        pairs = zip(self._about, about, strict=True)
+        return all(one is other or (isinstance(one, (int, Key)) and one == other) for one, other in pairs)
 
     def get(self, model: Any, what: str, compute: Callable[[], Any]) -> Any:
         """What is known of the model under this name, computed on first use."""
@@ -262,8 +282,11 @@ class Subject:
             raise Refused("an audit needs forget data: the request has none")
         for name in ("retrained", "originals", "unlearned"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.family:
+        if not set(map(id, self.retrained)) <= set(map(id, self.family)):
             object.__setattr__(self, "family", self.retrained)
+        about = (self.before, self.request, self.task, self.test, self.originals, self.shadows, self.store, self.family)
+        if not self.cache.belongs((*about, self.key, self.draws, self.batch)):  # changed by ``dataclasses.replace``
+            object.__setattr__(self, "cache", Cache())
         kept = [model for model in self._models() if isinstance(model, Kept)]
         if kept and self.store is None:
             raise Refused(f"model {kept[0].name} is given by its name in a store: give the audit that store")
@@ -311,7 +334,10 @@ class Subject:
             raise Refused("this audit has no test data: give test=, or a request with valid data")
         everything = self._run(model, "test", data)
         chosen = self._forgotten(everything)
-        return everything.where(chosen if name == "test_forgotten" else ~chosen)
+        if name == "test" and not chosen.any():
+            return everything
+        wanted = chosen if name == "test_forgotten" else ~chosen
+        return self.cache.get(model, f"{name} apart", lambda: everything.where(wanted))
 
     def unseen(self, model: Model | None = None) -> Outputs:
         """Test examples to hold beside the forget examples: of the forgotten classes where whole classes go."""
@@ -346,8 +372,24 @@ class Subject:
         chosen = self._forgotten(self._run(self.after, "test", data))
         return data.select(np.flatnonzero(chosen if name == "test_forgotten" else ~chosen))
 
+    def answers(self, model: Model) -> bytes:
+        """A digest of what a model says of all examples: equal for the same model, however it is given."""
+        names = [name for name in ("forget", "retain") if self.has(name)] + ["test"] * (self._test() is not None)
+
+        def compute() -> bytes:
+            said = hashlib.blake2b(digest_size=16)
+            for name in names:
+                found = self._run(model, name, self._whole(name))
+                said.update(np.ascontiguousarray(found.loss if found.logits is None else found.logits).tobytes())
+            return said.digest()
+
+        return self.cache.get(model, "answers", compute)
+
     def forgotten_classes(self) -> tuple[int, ...]:
         """Classes with forget examples and no retain examples."""
+        return self.cache.get(self.request, "forgotten classes", self._forgotten_classes)
+
+    def _forgotten_classes(self) -> tuple[int, ...]:
         forget = self.outputs("forget").labels
         if forget is None or self.request.retain is None:
             return ()
@@ -395,13 +437,28 @@ class Subject:
     def _data_address(self, name: str, data: Data) -> str:
         """The content address of data under this task; of the audit's draws too, where the task draws."""
         found = self.cache.get(data, "fingerprint", lambda: fingerprint(data))
-        drawn = f"{self.key.seed}{self.batch}{name}" if self.task.stochastic else ""
+        drawn = f"{self.key.seed} {self.batch} {name}" if self.task.stochastic else ""
         return Key(0).at(found, described(self.task), drawn).seed.__format__("016x")
 
 
 def address_of(model: nn.Module) -> str:
-    """The content address of a module: blake2b of its weights, under its structure."""
-    return hashlib.blake2b(f"{model}{hash_tensors(tensors_of(model))}".encode(), digest_size=16).hexdigest()
+    """The content address of a module: blake2b of its weights and buffers, under its structure.
+
+    The structure is what it prints, the classes, and plain numbers and names among the attributes of its parts. What else
+    a forward pass reads (its source, a global) is not seen.
+    """
+    parts = [
+        (name, type(part).__module__, type(part).__qualname__, _plain_of(part)) for name, part in model.named_modules()
+    ]
+    tensors = {**dict(model.named_buffers()), **tensors_of(model)}
+    return hashlib.blake2b(f"{model}{parts}{hash_tensors(tensors)}".encode(), digest_size=16).hexdigest()
+
+
+def _plain_of(part: nn.Module) -> list[tuple[str, Any]]:
+    """Settings that a part keeps as attributes: a temperature, a number of heads."""
+    known = (bool, int, float, str, type(None))
+    kept = [(name, value) for name, value in vars(part).items() if not name.startswith("_") and name != "training"]
+    return sorted(pair for pair in kept if isinstance(pair[1], known))
 
 
 def run(model: nn.Module, task: Task, data: Data, size: int, key: Key) -> dict[str, np.ndarray]:
@@ -434,18 +491,22 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 def _measured(model: nn.Module, task: Task, batch: Batch) -> tuple[np.ndarray, ...]:
     units = task.units(batch).double()
-    return _numpy(task.nll(model, batch).double() / units.clamp_min(1e-12)), _numpy(units)
+    return _finite(task.nll(model, batch).double() / units.clamp_min(1e-12)), _numpy(units)
 
 
-def _classified(model: nn.Module, task: Any, batch: Batch) -> tuple[np.ndarray, ...]:
-    logits, labels = task.logits(model, batch), task.labels(batch)
-    if not bool(torch.isfinite(logits).all()):
+def _finite(said: Tensor) -> np.ndarray:
+    if not bool(torch.isfinite(said).all()):
         raise Refused(
             "a model gives outputs that are not finite: it cannot be audited; was its run stopped by a guard?"
         )
+    return _numpy(said)
+
+
+def _classified(model: nn.Module, task: Any, batch: Batch) -> tuple[np.ndarray, ...]:
+    logits, labels = task.logits(model, batch).float(), task.labels(batch)
     if logits.ndim != 2 or logits.shape[1] != task.classes:
         raise Refused(
             f"a model gives outputs of shape {tuple(logits.shape)} for {len(labels)} examples of {task.classes} classes: "
             f"expected {(len(labels), task.classes)}; is it of another task?"
         )
-    return _numpy(logits.float()), _numpy(labels)
+    return _finite(logits), _numpy(labels)

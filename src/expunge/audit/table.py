@@ -24,7 +24,6 @@ MAIN = (
     "membership_auc",
     "membership_auc_same_class",
     "seconds",
-    "backward_rows",
 )
 
 

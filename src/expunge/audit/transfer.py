@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from expunge.audit import intervals
 from expunge.audit.layers import Layer, activations, find_layers, sample, shuffled
@@ -113,13 +114,19 @@ def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 
 def penultimate(subject: Subject) -> Layer | None:
-    """What the head of the original model reads; None for a model without inner modules."""
+    """What the head of the original model reads; None where it has no inner modules, or the model lacks that one."""
 
     def find() -> Layer | None:
         found = find_layers(subject.opened(subject.before), subject.task, subject.data("forget"), key=subject.key)
         return found[-1] if found else None
 
-    return subject.cache.get(subject.before, "penultimate", find)
+    layer = subject.cache.get(subject.before, "penultimate", find)
+    return layer if layer is not None and has_layer(subject, subject.after, layer) else None
+
+
+def has_layer(subject: Subject, model: Model, layer: Layer) -> bool:
+    """Whether a model, of another structure perhaps, has a module of that name."""
+    return subject.cache.get(model, f"has {layer}", lambda: layer.module in dict(subject.opened(model).named_modules()))
 
 
 def labels_of(task: Task, data: Data) -> np.ndarray:
@@ -162,8 +169,7 @@ class _Table:
     y: np.ndarray
 
 
-def _table(subject: Subject, model: Model, data: Data, layer: Layer) -> _Table:
-    opened = subject.opened(model)
+def _table(subject: Subject, opened: nn.Module, data: Data, layer: Layer) -> _Table:
     found = activations(opened, subject.task, data, [layer], size=subject.batch, key=subject.key.at("transfer"))[0]
     if not np.isfinite(found).all():
         raise Refused("a model's features are not finite: it cannot be probed; was its run stopped by a guard?")
@@ -172,15 +178,15 @@ def _table(subject: Subject, model: Model, data: Data, layer: Layer) -> _Table:
 
 def _features(subject: Subject, parts: _Parts, layer: Layer) -> tuple[_Table, _Table, _Table | None]:
     """Fitted on, judged on, kept: one pass for all of the readings."""
-    model = subject.after
 
     def compute() -> tuple[_Table, _Table, _Table | None]:
+        model = subject.opened(subject.after)
         fit = [_table(subject, model, data, layer) for data in parts.fit]
         joined = _Table(np.concatenate([t.x for t in fit]), np.concatenate([t.y for t in fit]))
         kept = None if parts.kept is None else _table(subject, model, parts.kept, layer)
         return joined, _table(subject, model, parts.judge, layer), kept
 
-    return subject.cache.get(model, "transfer features", compute)
+    return subject.cache.get(subject.after, "transfer features", compute)
 
 
 def _forgotten(subject: Subject, name: str, predict: Predict) -> Reading | None:
@@ -214,7 +220,10 @@ def _downstream(subject: Subject, name: str, predict: Predict) -> Reading | None
     key = subject.key.at("downstream")
     data = sample(subject.request.extra["downstream"], FIT + LOOK, key.at("sample"))
 
-    table = subject.cache.get(subject.after, "downstream features", lambda: _table(subject, subject.after, data, layer))
+    def compute() -> _Table:
+        return _table(subject, subject.opened(subject.after), data, layer)
+
+    table = subject.cache.get(subject.after, "downstream features", compute)
     order, held = shuffled(len(data), key.at("split")), len(data) // 5
     test, train = order[:held], order[held:]
     if held == 0 or len(np.unique(table.y[train])) < 2:

@@ -164,13 +164,8 @@ def summary(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
 def _asked(facts: Mapping[str, Any]) -> str:
     sizes = facts["examples"]
     classes = [f"“{name}”" for name in facts["forgotten_classes"]]
-    of = (
-        f", all of class {listing(classes)},"
-        if len(classes) == 1
-        else f", all of classes {listing(classes)},"
-        if classes
-        else ""
-    )
+    all_of = f"every one of class{'es' * (len(classes) > 1)} {listing(classes)}" if classes else ""
+    of = f", among them {all_of}," if classes else ""
     kept = f"; {sizes['retain']:,} were to be kept" if "retain" in sizes else ""
     return f"{sizes['forget']:,} training examples{of} were to be forgotten{kept}."
 

@@ -138,7 +138,7 @@ def _sizes(have: list[int], classes: tuple[int, int], count: int | None, share: 
     if share is not None:
         if not 0 < share < 1:
             raise Refused(f"share must lie in (0, 1), found {share!r}")
-        return [max(1, round(share * size)) for size in have]
+        return [max(1, min(size - 1, round(share * size))) for size in have]
     if count is None or count < 2 or count % 2:
         raise Refused(f"count must be even and at least 2, half for each class, found {count!r}")
     for size, c in zip(have, classes, strict=True):

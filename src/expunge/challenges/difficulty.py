@@ -18,7 +18,7 @@ from expunge.core import Case, Data, Key, Objective, Refused, Request, Task
 from expunge.curvature import MEMORY
 from expunge.data.sources import as_data
 from expunge.objectives import NLL
-from expunge.oracle import differentiable, example_gradients, prepared
+from expunge.oracle import borrowed, example_gradients, prepared
 from expunge.scope import Scope
 
 
@@ -121,7 +121,7 @@ def _gradient_norms(
     case = Case(model, Request(), task, chosen)
     width = sum(p.numel() * p.element_size() for p in chosen.parameters(model).values())
     parts = []
-    with differentiable(case):
+    with borrowed(case):
         for batch in prepared(case, data, max(1, min(chunk, MEMORY // max(1, width))), key, objective):
             grads = example_gradients(case, objective, batch)
             squares = torch.stack([grad.flatten(1).double().square().sum(1) for grad in grads.values()])
