@@ -7,7 +7,7 @@ import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from expunge.audit import accuracy, intervals
 from expunge.audit.agreement import harmonic, retraining_agreement
 from expunge.audit.language import token_scores
 from expunge.audit.stability import stability_gap_retain, worst_retain
-from expunge.audit.subject import Reading, Subject
+from expunge.audit.subject import Cache, Reading, Subject
 from expunge.audit.transfer import knn_forgotten, probe_forgotten
 from expunge.challenges.confusion import confuse
 from expunge.challenges.difficulty import grand
-from expunge.core import Key, Request
+from expunge.core import Batch, Key, Request
 from expunge.registry import is_asked, measures
 from expunge.store import Kept, Store
+from expunge.tasks.classification import Classification
 from tests.conftest import GlobalRandomness
 from tests.fixtures import retrained, tiny
 
@@ -231,6 +232,32 @@ def test_none_right_of_twenty_is_no_certainty(measure: Callable[[Subject], Readi
     assert found is not None
     assert found.value == 0
     assert found.high == pytest.approx(100 * float(intervals.wilson(0, 20)[1]))
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "causal_lm"])
+def test_a_disturbance_does_not_depend_on_the_size_of_a_pass(task: str) -> None:
+    found = [input_perturbation(replace(subject(task), batch=size, cache=Cache())) for size in (256, 7)]
+    assert found[0] is not None
+    assert found[1] is not None
+    for line, points in found[0].curves.items():
+        assert np.allclose(points, found[1].curves[line], rtol=1e-5, atol=1e-6)
+
+
+def test_disturbed_inputs_are_prepared() -> None:
+    """A task may change its inputs in ``prepare``: the undisturbed accuracy is then that of the audit."""
+
+    @dataclass(frozen=True)
+    class Scaled(Classification):
+        def prepare(self, batch: Batch, rng: Key) -> Batch:
+            return {**batch, "x": -batch["x"]}
+
+    made = subject(task=Scaled(5))
+    found = input_perturbation(made)
+    assert found is not None
+    assert found.curves["original"][1][0] == pytest.approx(
+        100 * float(np.mean(made.outputs("forget", made.before).correct))
+    )
+    assert found.curves["original"][1][0] < 100
 
 
 def test_shares_that_are_all_alike() -> None:

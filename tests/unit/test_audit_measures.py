@@ -32,7 +32,7 @@ from expunge.audit.membership import (
     membership_auc_two_sided,
     modified_entropy,
 )
-from expunge.audit.subject import Subject
+from expunge.audit.subject import Subject, address_of
 from expunge.core import Key, Refused, Request
 from expunge.data.sources import as_data
 from expunge.data.split import split
@@ -355,3 +355,64 @@ def test_points_of_a_loss_are_on_the_scale_of_what_is_kept() -> None:
     request = split((torch.zeros(45, 2), targets), forget="y > 5")
     found = Subject(nn.Linear(2, 1), nn.Linear(2, 1), request, Regression())
     assert distance.chance(found) == pytest.approx(float(targets[5:].double().var(correction=0)) / 2)
+
+
+def test_a_changed_subject_forgets_what_it_knew() -> None:
+    """``dataclasses.replace`` hands the cache on: what is kept of other data must not be."""
+    made = subject(answers(0, 0.5))
+    whole, first = test_accuracy(made), made.test.select(torch.arange(10))
+    assert whole.n == TEST
+    assert test_accuracy(replace(made, test=first)).n == 10
+    others = retrained_models(3)
+    assert replace(made, retrained=others).family == others
+    assert replace(replace(made, retrained=others[:2]), retrained=others).family == others
+    held = replace(made, retrained=others).held_out(0)
+    assert held.family == others
+    assert held.cache is replace(made, retrained=others).cache or held.retrained == others[1:]
+
+
+def test_outputs_that_are_not_finite_are_refused_whatever_the_task() -> None:
+    huge = answers(0, 0.5)
+    huge.logits.data *= 1e39  # finite in float64, not in the float32 that is kept
+    with pytest.raises(Refused, match="not finite"):
+        forget_accuracy(subject(huge))
+    line = nn.Linear(1, 1)
+    nn.init.constant_(line.weight, math.nan)
+    data = as_data((torch.randn(8, 1), torch.randn(8, 1)))
+    with pytest.raises(Refused, match="not finite"):
+        forget_loss(Subject(line, line, Request(forget=data), Regression()))
+
+
+class Heated(nn.Linear):
+    """A linear layer whose outputs depend on an attribute and on a buffer that is not saved."""
+
+    def __init__(self, temperature: float, offset: float):
+        super().__init__(2, 2)
+        self.temperature = temperature
+        self.register_buffer("offset", torch.tensor(offset), persistent=False)
+
+
+def test_models_that_print_alike_have_addresses_of_their_own() -> None:
+    made = [Heated(1.0, 0.0), Heated(2.0, 0.0), Heated(1.0, 1.0), Heated(1.0, 0.0)]
+    for other in made[1:]:
+        other.load_state_dict(made[0].state_dict())
+    first, *others = (address_of(model) for model in made)
+    assert others[0] != first
+    assert others[1] != first
+    assert others[2] == first
+    assert len({str(model) for model in made}) == 1
+
+
+def test_draws_of_other_keys_and_batches_are_kept_apart() -> None:
+    class Drawn(Classification):
+        """Says that it draws."""
+
+    task = Drawn(C)
+    object.__setattr__(task, "stochastic", True)
+    one, other = (subject(answers(0, 0.5), task=task, key=Key(k), batch=b) for k, b in ((1, 225), (12, 25)))
+    assert one.data_address("forget") != other.data_address("forget")
+
+
+def test_the_same_answers_are_the_same_model_however_given() -> None:
+    made = subject(answers(0, 0.5), answers(1, 0.5))
+    assert made.answers(answers(0, 0.5)) == made.answers(made.after) != made.answers(made.before)

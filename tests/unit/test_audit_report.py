@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from expunge.audit import Report, Row, Section, audit, compare, write_page
+from expunge.audit import Report, Row, Section, audit, compare, words, write_page
 from expunge.audit.curves import thin
+from expunge.audit.judge import Equivalence
 from expunge.audit.page import render
 from expunge.audit.subject import Reading
 from expunge.core import Refused
@@ -276,3 +278,44 @@ def test_a_table_of_120_columns_loses_no_word(report: Report) -> None:
     assert "…" not in shown.replace(HOSTILE, "")
     assert all(word in shown for word in ("retraining", "Membership", "accuracy", "over-forgotten"))
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_numbers_that_are_none_survive_files_and_pages(tmp_path: Path) -> None:
+    """A run that a guard stopped leaves NaN in its history and its record; a measure may leave it in a curve."""
+    odd = {
+        "notes": ["stopped"],
+        "history": [{"step": 0.0, "loss/forget": None}, {"step": 1.0, "loss/forget": math.nan}],
+    }
+    base = subject(answers(2, 1.0))
+    told = {**odd, "cost": {"seconds": 1.0, "last": math.inf}, "path": tmp_path}
+    made = compare(
+        base.before, {"a": (answers(3, 0.6), told)}, base.request, base.task, base.test, retrained_models(4), draws=50
+    )
+    row = made.row("a")
+    curve = Reading("lira", 0.5, 0.4, 0.6, 9, curves={"roc": ((0.0, math.nan, 1.0), (0.0, 0.5, 1.0))})
+    test = Equivalence("forget_loss", math.nan, math.nan, math.nan, 1.0, "unclear")
+    changed = replace(row, readings={**row.readings, "lira": curve}, tests=(*row.tests, test))
+    made = replace(made, rows=tuple(changed if one is row else one for one in made.rows))
+    made.save(tmp_path / "out")
+    again = Report.from_json(json.loads((tmp_path / "out" / "report.json").read_text()))
+    assert math.isnan(again.row("a").tests[-1].difference)
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "report.json").read_text() == (tmp_path / "out" / "report.json").read_text()
+
+
+def test_a_model_may_not_be_called_as_a_control() -> None:
+    with pytest.raises(Refused, match="name of a control"):
+        audit(subject(answers(3, 0.6), answers(2, 1.0), retrained_models(3), draws=50), name="original")
+
+
+def test_classes_that_are_forgotten_whole_are_not_said_to_be_all() -> None:
+    facts = {"examples": {"forget": 15, "retain": 9}, "forgotten_classes": ["cat"]}
+    assert words.summary([], facts) == (
+        "15 training examples, among them every one of class “cat”, were to be forgotten; 9 were to be kept."
+    )
+
+
+def test_a_report_that_knows_nothing_of_utility_says_so() -> None:
+    made = subject(answers(3, 0.6, 0.2, 0.2), answers(2, 1.0), retrained_models(8), draws=50, test=None)
+    made = replace(made, request=replace(made.request, retain=None))
+    assert any("of no use otherwise" in note for note in audit(made).notes)

@@ -626,3 +626,12 @@ def test_on_real_digits_the_original_model_is_caught() -> None:
 
 def test_states_of_unknown_examples_are_out() -> None:
     assert (family(0.5).of(np.array([TOTAL + 5])) == OUT).all()
+
+
+def test_rmia_survives_references_that_rule_the_true_class_out() -> None:
+    """A loss of a thousand leaves a probability of 0 in any float: a reason for no evidence, not for no audit."""
+    made = subject(answers(1))
+    sure = tuple(Answers(1e4 * model.logits.data) for model in made.retrained)  # type: ignore[operator]
+    found = rmia.rmia(replace(made, retrained=sure, before=sure[0]))
+    assert found is not None
+    assert 0 <= found.value <= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -52,7 +54,8 @@ def test_on_a_subject_it_needs_originals_and_leaves_the_judged_one_out() -> None
         reading = recall(made)
         assert reading is not None
         assert reading.low < wanted < reading.high or abs(reading.value - wanted) < 0.35
-        assert reading.detail["originals"] == (3 if model is originals[0] else 4)
+        assert reading.detail["originals"] == 3, "the model that the judged one was made from is no original here"
+    assert recall(subject(copy.deepcopy(originals[0]), originals[1], references, originals=originals)) is None
     assert recall(subject(originals[0], originals[0], references, originals=originals[:3])) is None
 
 

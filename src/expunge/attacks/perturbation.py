@@ -18,7 +18,8 @@ from expunge.attacks.recovery import retrained_band
 from expunge.audit import intervals
 from expunge.audit.language import is_language
 from expunge.audit.subject import Curve, Model, Reading, Subject, classifies
-from expunge.core import Batch, Key, Refused, lent_stream, map_tensors, only_looked_at
+from expunge.core import Batch, Key, Refused, lent_stream, map_tensors, only_looked_at, rows_of
+from expunge.oracle import take
 from expunge.registry import measure
 
 NOISE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -26,6 +27,7 @@ NOISE = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 PREFIX = (0, 4, 8, 16, 32)
 """Tokens put before the prompt."""
 _KNOWN = 1024  # examples that the spread and the tokens of a prefix are taken from
+_DRAWN = 256  # examples whose disturbance is drawn together, whatever the size of a pass
 
 
 @measure(asked=True)
@@ -172,11 +174,16 @@ def _run(subject: Subject, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     key, device = subject.key.at("perturbation"), runtime.device_of(model)
     rows, units = [], []
     with torch.no_grad(), only_looked_at(model), lent_stream(key):
-        for number, batch in enumerate(subject.request.data("forget").batches(subject.batch)):
-            now = key.at("batch", number)
-            disturbed = [disturb(batch, strength, now) for strength in strengths]
-            rows.append(np.stack([_scored(subject.task, model, runtime.to_device(one, device)) for one in disturbed]))
-            units.append(subject.task.units(disturbed[0]).double().cpu().numpy())
+        for number, batch in enumerate(subject.request.data("forget").batches(_DRAWN)):
+            now, found = key.at("batch", number), []
+            batch = subject.task.prepare(batch, now.at("prepare"))
+            for strength in strengths:
+                disturbed = disturb(batch, strength, now)
+                pieces = torch.arange(rows_of(batch)).split(subject.batch)
+                parts = (runtime.to_device(take(disturbed, piece), device) for piece in pieces)
+                found.append(np.concatenate([_scored(subject.task, model, part) for part in parts]))
+            rows.append(np.stack(found))
+            units.append(subject.task.units(disturb(batch, 0, now)).double().cpu().numpy())
     return np.concatenate(rows, axis=1), np.concatenate(units)
 
 

@@ -23,8 +23,8 @@ def average_gap(subject: Subject) -> Reading | None:
     """Mean distance of forget, retain and test accuracy and membership AUC from the retrained mean, in points.
 
     gap = mean over metrics of |metric(model) - mean over retrained of metric|, the AUC times 100; losses, where a task
-    has no labels, are in percent of the loss of knowing nothing. The interval resamples the retrained models, then the
-    examples (the same for every model); with few retrained models it is too narrow. The reference is the floor: each
+    has no labels, are in percent of the loss of knowing nothing. The interval is over examples (the same for every model)
+    and over the seeds of the retrained models, by Student's law; see ``intervals.gap_interval``. The reference is the floor: each
     retrained model against the others. A gap within the floor does not prove that anything was forgotten.
 
     In the detail: the signed part of each metric; ``same_number``, the gap to as many retrained models as the floor has
@@ -198,11 +198,12 @@ def _picks(subject: Subject, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Gap:
-    """A gap, its resampled values [draws], and the resampled size of its errors [draws]."""
+    """A gap, its resampled values [draws], the resampled size of its errors [draws], and its interval."""
 
     value: float
     samples: np.ndarray
     noise: np.ndarray
+    interval: tuple[float, float]
 
 
 def _gap(subject: Subject, each: bool) -> _Gap:
@@ -222,7 +223,30 @@ def _gap(subject: Subject, each: bool) -> _Gap:
         picks, even = np.ones((len(picks), 1)), np.ones((1, 1))
     sizes = np.abs(seen).mean(2)[0]
     noise = (np.abs(again - seen).mean(2) * picks).sum(1) + np.abs((picks - even) @ sizes)
-    return _Gap(float((even @ sizes)[0]), (np.abs(again).mean(2) * picks).sum(1), noise)
+    value = float((even @ sizes)[0])
+    interval = intervals.distance_interval(value, noise)
+    if not each:
+        interval = intervals.gap_interval(seen[0, 0], _errors(subject, drawn - mine, theirs[0], theirs_drawn - theirs))
+    return _Gap(value, (np.abs(again).mean(2) * picks).sum(1), noise, interval)
+
+
+def _errors(subject: Subject, ours: np.ndarray, theirs: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """[draws, metrics] errors of the difference from the retrained mean: of the examples, and of the seeds.
+
+    Resampled examples move each retrained model in a way of its own too. That part of the spread between models is in the
+    first kind of error, so only the rest of it makes the second.
+
+    Args:
+        ours: [draws, metrics], how far resampling moves the model. theirs: [K, metrics] the retrained models.
+        moved: [draws, K, metrics], how far it moves each of those.
+    """
+    errors, count = ours - moved.mean(1), len(theirs)
+    if count < 2:
+        return errors
+    own = (moved - moved.mean(1, keepdims=True)).var(0).mean(0) * count / (count - 1)
+    spread = theirs.var(0, ddof=1)
+    rest = np.sqrt(np.clip(1 - np.divide(own, spread, out=np.ones_like(own), where=spread > 0), 0.0, 1.0))
+    return errors - rest * intervals.student_errors(theirs, subject.draws, subject.key.at("seeds"))
 
 
 def _gap_reading(subject: Subject, name: str, each: bool) -> Reading | None:
@@ -230,7 +254,7 @@ def _gap_reading(subject: Subject, name: str, each: bool) -> Reading | None:
     if count == 0:
         return None
     gap = _gap(subject, each)
-    low, high = intervals.distance_interval(gap.value, gap.noise)
+    low, high = gap.interval
     signed = points(subject, subject.after) - np.mean([points(subject, m) for m in subject.retrained], axis=0)
     detail = {part: float(value) for part, value in zip(metrics(subject), signed, strict=True)}
     detail |= _comparable(subject, each)
@@ -308,7 +332,7 @@ def distance_reading(subject: Subject, name: str, data: str, kind: str, between:
         pair = _pair(subject, data, kind, between, subject.retrained[i], subject.retrained[j])
         table[i, j] = table[j, i] = pair.mean()
     floors = table.sum(1) / (count - 1)
-    band = intervals.next_interval(floors) if count > 2 else (float(floors.min()), float(floors.max()))
+    band = intervals.one_more(floors)
     band = (max(0.0, band[0]), band[1])
     verdict = "outside" if low > band[1] else "within"
     return Reading(

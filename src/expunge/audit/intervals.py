@@ -76,6 +76,20 @@ def next_interval(values: ArrayLike, level: float = 0.95, prior: float | None = 
     return float(sample.mean() - half), float(sample.mean() + half)
 
 
+def one_more(means: ArrayLike) -> Interval:
+    """Where one more model is expected, from each of K models' mean distance (or similarity) to the K - 1 others.
+
+    The means share their pairs, which makes them alike: where a pair scores m - a_i - a_j, two means differ by
+    (a_i - a_j) (K - 2) / (K - 1). Their spread is widened by that, and the 95 % prediction interval taken. For two
+    models, whose one pair says nothing of a spread, that pair.
+    """
+    values = np.asarray(means, np.float64)
+    count, centre = len(values), float(values.mean())
+    if count < 3:
+        return float(values.min()), float(values.max())
+    return next_interval(centre + (values - centre) * (count - 1) / (count - 2))
+
+
 def auc(positive: ArrayLike, negative: ArrayLike) -> float:
     """P(positive > negative) + P(equal) / 2, by ranks."""
     return float(_placements(np.asarray(positive, np.float64), np.asarray(negative, np.float64)).mean())
@@ -251,7 +265,8 @@ def gap_interval(differences: ArrayLike, errors: ArrayLike, level: float = 0.95)
         return float(truth.mean()), float((drawn <= seen).mean()), float((drawn >= seen).mean())
 
     nearest = float(-(size[moving] / variance[moving]).max())
-    low = at(nearest)[0] if at(nearest)[2] >= tail else at(_edge(nearest, 0.0, lambda t: at(t)[2] >= tail))[0]
+    still = float(size[~moving].sum()) / len(d)  # what no chance moves, and no truth nearer to 0 changes
+    low = still if at(nearest)[2] >= tail else at(_edge(nearest, 0.0, lambda t: at(t)[2] >= tail))[0]
     furthest = 1.0 / float(np.sqrt(variance[moving]).min())
     while at(furthest)[1] >= tail:
         furthest *= 2

@@ -302,9 +302,9 @@ def measured(subject: Subject, name: str, kind: str, also: Sequence[str] = ()) -
     """
     own = subject.answers(subject.after)
     others = tuple(model for model in subject.retrained if subject.answers(model) != own)
-    itself = ("It is one of the retrained models, and was judged against the others.",)
-    itself = itself if len(others) < len(subject.retrained) else ()
-    if itself:
+    itself: tuple[str, ...] = ()
+    if len(others) < len(subject.retrained):
+        itself = ("It is one of the retrained models, and was judged against the others.",)
         subject = replace(subject, retrained=others)
     found = {name: reading for name, function in asked_for(also).items() if (reading := function(subject)) is not None}
     references = {name: _references(subject, reading) for name, reading in found.items()}

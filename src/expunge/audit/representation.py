@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from expunge.audit import intervals
 from expunge.audit.layers import Layer, activations, find_layers, sample
 from expunge.audit.similarity import (
     centred,
     cka_without_each,
     jackknife,
     narrow,
-    one_more,
     procrustes_without_each,
     released_cka,
 )
@@ -159,7 +159,7 @@ def _reading(subject: Subject, name: str, data: str, better: Better, table: Tabl
     floor = np.array(
         [_to_retrained(subject, data, model, _but(family, k), table)[:, 0] for k, model in enumerate(family)]
     )
-    limits = one_more(floor.mean(1))
+    limits = intervals.one_more(floor.mean(1))
     band = (float(limits[0]), 1.0) if better == "higher" else (0.0, float(limits[1]))
     verdict = "within" if (high >= band[0] if better == "higher" else low <= band[1]) else "outside"
     worse = (floor.mean(0) - mine[:, 0]) * (1 if better == "higher" else -1)
@@ -189,5 +189,5 @@ def _curve(table: np.ndarray) -> Curve:
 
 def _band(floor: np.ndarray) -> Curve:
     """Where one more retrained model is expected at each layer."""
-    low, high = zip(*map(one_more, floor.T), strict=True)
+    low, high = zip(*map(intervals.one_more, floor.T), strict=True)
     return *_line(floor.mean(0)), low, high

@@ -10,7 +10,6 @@ import math
 import numpy as np
 from scipy import stats
 
-from expunge.audit import intervals
 from expunge.core import Refused
 
 RELEASED_BATCH = 512
@@ -100,20 +99,6 @@ def jackknife(values: np.ndarray, level: float = 0.95) -> tuple[float, float, fl
     error = math.sqrt((groups - 1) / groups * float(np.square(values[1:] - values[1:].mean()).sum()))
     half = float(stats.t.ppf(0.5 + level / 2, groups - 1)) * error
     return float(values[0]), float(values[0]) - half, float(values[0]) + half
-
-
-def one_more(means: np.ndarray) -> tuple[float, float]:
-    """Where one more model is expected, from each of K models' mean similarity to the K - 1 others.
-
-    The means share their pairs, which makes them alike: where a pair scores m - a_i - a_j, two means differ by
-    (a_i - a_j) (K - 2) / (K - 1). Their spread is widened by that, and the 95 % prediction interval taken. For two
-    models, whose one pair says nothing of a spread, that pair.
-    """
-    count = len(means)
-    if count < 3:
-        return float(np.min(means)), float(np.max(means))
-    centre = float(np.mean(means))
-    return intervals.next_interval(centre + (np.asarray(means) - centre) * (count - 1) / (count - 2))
 
 
 def _pair(x: np.ndarray, y: np.ndarray, fewest: int) -> tuple[np.ndarray, np.ndarray]:
