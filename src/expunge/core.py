@@ -337,7 +337,9 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 @contextlib.contextmanager
 def only_looked_at(model: nn.Module) -> Iterator[nn.Module]:
     """Eval mode, and buffers that a forward pass changes (a counter of calls) put back: a look leaves no trace."""
-    kept = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    kept = [
+        (m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
     try:
         with eval_mode(model):
             yield model

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import copy
-
-import copy
-
-import copy
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -17,9 +11,6 @@ from scipy import stats
 from expunge.audit import audit, judge
 from expunge.audit.judge import Equivalence, Verdict
 from expunge.audit.subject import Reading
-from expunge.core import Refused
-from expunge.core import Refused
-from expunge.core import Refused
 from expunge.core import Refused
 from tests.unit.test_audit_measures import answers, retrained_models, subject
 
@@ -213,183 +204,6 @@ def test_half_an_original_is_not_forgotten_however_far_a_few_references_spread()
     found = judge.controlled(half, before, 4, [good] * 4)
     assert found.word == "cannot tell"
     assert "of the way from retraining back to doing nothing" in found.reasons[0]
-
-
-def test_a_retrained_model_given_twice_counts_once() -> None:
-    first, *others = retrained_models(4)
-    for twin in (first, copy.deepcopy(first)):
-        with pytest.raises(Refused, match=r"retrained models 1 and 4 are the same"):
-            audit(subject(answers(5, 0.6), answers(2, 1.0), (first, *others[:2], twin), draws=50))
-
-
-def test_a_model_among_its_own_references_does_not_judge_itself() -> None:
-    references = retrained_models(8)
-    model = copy.deepcopy(references[0])
-    report = audit(subject(model, answers(2, 1.0), references, draws=50))
-    assert "judged against the others" in " ".join(report.row("unlearned").notes)
-    held = audit(subject(model, answers(2, 1.0), references[1:], draws=50))
-    test = {test.name: test for test in report.row("unlearned").tests}["forget_accuracy"]
-    assert test == {test.name: test for test in held.row("unlearned").tests}["forget_accuracy"]
-
-
-def test_one_reference_is_called_one() -> None:
-    report = audit(subject(answers(5, 0.6), answers(2, 1.0), retrained_models(1), draws=50))
-    assert report.reasons[0].startswith("only 1 retrained model:")
-
-
-def test_better_than_retrained_is_not_said_to_be_equal() -> None:
-    values = np.random.default_rng(0).normal(50, 1, 8)
-    names = ("forget_accuracy", "retain_accuracy")
-    ours = {"forget_accuracy": reading(values.mean()), "retain_accuracy": reading(90, "retain_accuracy")}
-    found = judge.decide(ours, {name: family(values, name) for name in names})
-    assert found.word == "forgotten"
-    assert "Retain" not in found.reasons[0]
-    assert "better than retrained models are" in found.reasons[1]
-    assert "Retain accuracy" in found.reasons[1]
-
-
-def test_readings_without_an_interval_add_no_degree_of_freedom() -> None:
-    values = np.array([1.0, 2.0, 4.0])
-    for width in (0.0, np.inf):
-        spread = judge.spread_of(family(values, width=width))
-        assert (spread.deviation, spread.degrees) == (pytest.approx(values.std(ddof=1)), 2)
-
-
-def test_an_original_that_fails_only_by_being_worse_is_no_control() -> None:
-    """A random network in the place of the original fails too, which says nothing of whether remembering is seen."""
-    references = retrained_models(8)
-    assert audit(subject(answers(7, 0.6), answers(2, 1.0), references, draws=50)).verdict == "forgotten"
-    report = audit(subject(answers(7, 0.6), answers(9, 0.25, 0.25, 0.25), references, draws=50))
-    assert report.row("original").verdict == "over-forgotten"
-    assert report.verdict == "audit broken"
-    assert "not of their recipe" in report.reasons[0]
-
-
-def test_half_an_original_is_not_forgotten_however_far_a_few_references_spread() -> None:
-    """Four retrained models at 60 %: their band reaches to 84 %, past the middle between them and the original."""
-    made = subject(answers(5, 0.82), answers(2, 1.0), retrained_models(4), draws=50)
-    report = audit(made)
-    assert {test.name: test.outcome for test in report.row("unlearned").tests}["forget_accuracy"] == "equivalent"
-    assert report.verdict == "cannot tell"
-    assert "of the way from retraining back to doing nothing" in report.reasons[0]
-
-
-def test_a_retrained_model_given_twice_counts_once() -> None:
-    first, *others = retrained_models(4)
-    for twin in (first, copy.deepcopy(first)):
-        with pytest.raises(Refused, match=r"retrained models 1 and 4 are the same"):
-            audit(subject(answers(5, 0.6), answers(2, 1.0), (first, *others[:2], twin), draws=50))
-
-
-def test_a_model_among_its_own_references_does_not_judge_itself() -> None:
-    references = retrained_models(8)
-    model = copy.deepcopy(references[0])
-    report = audit(subject(model, answers(2, 1.0), references, draws=50))
-    assert "judged against the others" in " ".join(report.row("unlearned").notes)
-    held = audit(subject(model, answers(2, 1.0), references[1:], draws=50))
-    test = {test.name: test for test in report.row("unlearned").tests}["forget_accuracy"]
-    assert test == {test.name: test for test in held.row("unlearned").tests}["forget_accuracy"]
-
-
-def test_one_reference_is_called_one() -> None:
-    report = audit(subject(answers(5, 0.6), answers(2, 1.0), retrained_models(1), draws=50))
-    assert report.reasons[0].startswith("only 1 retrained model:")
-
-
-def test_better_than_retrained_is_not_said_to_be_equal() -> None:
-    values = np.random.default_rng(0).normal(50, 1, 8)
-    names = ("forget_accuracy", "retain_accuracy")
-    ours = {"forget_accuracy": reading(values.mean()), "retain_accuracy": reading(90, "retain_accuracy")}
-    found = judge.decide(ours, {name: family(values, name) for name in names})
-    assert found.word == "forgotten"
-    assert "Retain" not in found.reasons[0]
-    assert "better than retrained models are" in found.reasons[1]
-    assert "Retain accuracy" in found.reasons[1]
-
-
-def test_readings_without_an_interval_add_no_degree_of_freedom() -> None:
-    values = np.array([1.0, 2.0, 4.0])
-    for width in (0.0, np.inf):
-        spread = judge.spread_of(family(values, width=width))
-        assert (spread.deviation, spread.degrees) == (pytest.approx(values.std(ddof=1)), 2)
-
-
-def test_an_original_that_fails_only_by_being_worse_is_no_control() -> None:
-    """A random network in the place of the original fails too, which says nothing of whether remembering is seen."""
-    references = retrained_models(8)
-    assert audit(subject(answers(7, 0.6), answers(2, 1.0), references, draws=50)).verdict == "forgotten"
-    report = audit(subject(answers(7, 0.6), answers(9, 0.25, 0.25, 0.25), references, draws=50))
-    assert report.row("original").verdict == "over-forgotten"
-    assert report.verdict == "audit broken"
-    assert "not of their recipe" in report.reasons[0]
-
-
-def test_half_an_original_is_not_forgotten_however_far_a_few_references_spread() -> None:
-    """Four retrained models at 60 %: their band reaches to 84 %, past the middle between them and the original."""
-    made = subject(answers(5, 0.82), answers(2, 1.0), retrained_models(4), draws=50)
-    report = audit(made)
-    assert {test.name: test.outcome for test in report.row("unlearned").tests}["forget_accuracy"] == "equivalent"
-    assert report.verdict == "cannot tell"
-    assert "of the way from retraining back to doing nothing" in report.reasons[0]
-
-
-def test_a_retrained_model_given_twice_counts_once() -> None:
-    first, *others = retrained_models(4)
-    for twin in (first, copy.deepcopy(first)):
-        with pytest.raises(Refused, match=r"retrained models 1 and 4 are the same"):
-            audit(subject(answers(5, 0.6), answers(2, 1.0), (first, *others[:2], twin), draws=50))
-
-
-def test_a_model_among_its_own_references_does_not_judge_itself() -> None:
-    references = retrained_models(8)
-    model = copy.deepcopy(references[0])
-    report = audit(subject(model, answers(2, 1.0), references, draws=50))
-    assert "judged against the others" in " ".join(report.row("unlearned").notes)
-    held = audit(subject(model, answers(2, 1.0), references[1:], draws=50))
-    test = {test.name: test for test in report.row("unlearned").tests}["forget_accuracy"]
-    assert test == {test.name: test for test in held.row("unlearned").tests}["forget_accuracy"]
-
-
-def test_one_reference_is_called_one() -> None:
-    report = audit(subject(answers(5, 0.6), answers(2, 1.0), retrained_models(1), draws=50))
-    assert report.reasons[0].startswith("only 1 retrained model:")
-
-
-def test_better_than_retrained_is_not_said_to_be_equal() -> None:
-    values = np.random.default_rng(0).normal(50, 1, 8)
-    names = ("forget_accuracy", "retain_accuracy")
-    ours = {"forget_accuracy": reading(values.mean()), "retain_accuracy": reading(90, "retain_accuracy")}
-    found = judge.decide(ours, {name: family(values, name) for name in names})
-    assert found.word == "forgotten"
-    assert "Retain" not in found.reasons[0]
-    assert "better than retrained models are" in found.reasons[1]
-    assert "Retain accuracy" in found.reasons[1]
-
-
-def test_readings_without_an_interval_add_no_degree_of_freedom() -> None:
-    values = np.array([1.0, 2.0, 4.0])
-    for width in (0.0, np.inf):
-        spread = judge.spread_of(family(values, width=width))
-        assert (spread.deviation, spread.degrees) == (pytest.approx(values.std(ddof=1)), 2)
-
-
-def test_an_original_that_fails_only_by_being_worse_is_no_control() -> None:
-    """A random network in the place of the original fails too, which says nothing of whether remembering is seen."""
-    references = retrained_models(8)
-    assert audit(subject(answers(7, 0.6), answers(2, 1.0), references, draws=50)).verdict == "forgotten"
-    report = audit(subject(answers(7, 0.6), answers(9, 0.25, 0.25, 0.25), references, draws=50))
-    assert report.row("original").verdict == "over-forgotten"
-    assert report.verdict == "audit broken"
-    assert "not of their recipe" in report.reasons[0]
-
-
-def test_half_an_original_is_not_forgotten_however_far_a_few_references_spread() -> None:
-    """Four retrained models at 60 %: their band reaches to 84 %, past the middle between them and the original."""
-    made = subject(answers(5, 0.82), answers(2, 1.0), retrained_models(4), draws=50)
-    report = audit(made)
-    assert {test.name: test.outcome for test in report.row("unlearned").tests}["forget_accuracy"] == "equivalent"
-    assert report.verdict == "cannot tell"
-    assert "of the way from retraining back to doing nothing" in report.reasons[0]
 
 
 def test_a_retrained_model_given_twice_counts_once() -> None:

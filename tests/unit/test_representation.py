@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from expunge.audit import report, words
 from expunge.audit.agreement import harmonic, retraining_agreement
+from expunge.audit.intervals import one_more
 from expunge.audit.layers import Layer, activations, as_tokens, changed, find_layers, from_tokens, sample, spread
 from expunge.audit.related import forget_related, rank_classes
 from expunge.audit.representation import cka_forget, cka_test, procrustes_forget, procrustes_test
-from expunge.audit.intervals import one_more
 from expunge.audit.subject import Subject
 from expunge.audit.transfer import (
     class_means,
