@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,19 @@ def test_one_example_of_a_class_and_no_other_cannot_be_restored() -> None:
     made = subject(request=request, test=None)
     assert restoration.restoration(made) is None
     assert restoration.restoration_as_published(made) is None
+
+
+def test_a_task_of_the_users_own_that_names_no_label_column() -> None:
+    """All that a classifier must have, and the inputs; how labels are kept is its own affair."""
+    inner = Classification(5)
+    needed = ("name", "unit", "stochastic", "check", "prepare", "nll", "units", "chance", "outputs", "divergence")
+    own = SimpleNamespace(
+        **{name: getattr(inner, name) for name in (*needed, "relabel", "classes", "labels", "logits", "inputs")}
+    )
+    made = subject(task=own)
+    for name in ASKED:
+        measures()[name](made)
+    assert inversion(made) is None
 
 
 def test_unseen_records_are_counted_once() -> None:

@@ -6,13 +6,14 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from expunge.audit import audit, judge
 from expunge.audit.judge import Equivalence, Verdict
 from expunge.audit.subject import Reading
 from expunge.core import Refused
-from tests.unit.test_audit_measures import answers, retrained_models, subject
+from tests.unit.test_audit_measures import FORGET, TOTAL, Answers, C, answers, retrained_models, subject
 
 
 def reading(
@@ -244,3 +245,25 @@ def test_readings_without_an_interval_add_no_degree_of_freedom() -> None:
     for width in (0.0, np.inf):
         spread = judge.spread_of(family(values, width=width))
         assert (spread.deviation, spread.degrees) == (pytest.approx(values.std(ddof=1)), 2)
+
+
+def test_answers_that_are_right_on_average_and_wrong_one_by_one_do_not_pass() -> None:
+    """Forget examples differ in difficulty; a model with the difficulties of others has every average of retraining."""
+    rng = np.random.default_rng(0)
+    ease = rng.normal(1.5, 2, TOTAL)
+    mixed = np.r_[rng.permutation(ease[:FORGET]), ease[FORGET:]]
+
+    def model(seed: int, ease: np.ndarray, memory: float = 0.0) -> Answers:
+        logits = np.zeros((TOTAL, C))
+        margin = ease + memory * (np.arange(TOTAL) < FORGET) + np.random.default_rng(seed).normal(0, 0.5, TOTAL)
+        logits[np.arange(TOTAL), np.arange(TOTAL) % C] = margin + np.log(C - 1)
+        return Answers(torch.tensor(logits))
+
+    references = tuple(model(10 + seed, ease) for seed in range(8))
+    before = model(1, ease, memory=2.0)
+    assert audit(subject(model(2, ease), before, references, draws=50)).verdict == "forgotten"
+    report = audit(subject(model(2, mixed), before, references, draws=50))
+    assert report.verdict == "over-forgotten"
+    assert [t.name for t in report.row("unlearned").tests if t.outcome == "different"] == ["forget_margin_distance"]
+    some = np.where(np.arange(TOTAL) < FORGET // 10, 3.0, 0.0)
+    assert audit(subject(model(2, ease + some), before, references, draws=50)).verdict == "not forgotten"

@@ -400,7 +400,8 @@ def test_known_answers() -> None:
     assert recourse_invalidation(subject(BEFORE, [0] * 8, [[0] * 8])).value == 0  # nothing that retraining keeps
     report = audit(subject(BEFORE, [0] * 8, again))
     judged = report.row("unlearned").readings["recourse_invalidation"]
-    assert judged.verdict == "outside"
+    assert judged.value > judged.reference[1]
+    assert judged.verdict == "unclear", "six explanations and four retrained models are too few to be sure"
     assert judged.reference[0] <= 100 / 6 <= judged.reference[1]
     assert report.row("original").readings["recourse_invalidation"].value == 0
 

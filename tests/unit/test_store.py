@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import expunge
 from expunge.core import Refused
 from expunge.store import Store
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(expunge.__file__).parents[1])}
 WRITER = """
 import sys
 import numpy as np
@@ -60,7 +63,9 @@ def test_it_computes_once(tmp_path: Path) -> None:
 
 
 def test_processes_that_write_at_once_leave_whole_files(tmp_path: Path) -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(n)]) for n in range(3)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(n)], env=ENVIRONMENT) for n in range(3)
+    ]
     store = Store(tmp_path)
     while any(writer.poll() is None for writer in writers):
         for model, data in list(store.entries()):

@@ -81,7 +81,7 @@ def anamnesis_of(subject: Subject, settings: Anamnesis = Anamnesis()) -> Reading
         f"share > cap of {settings.cap}": float(np.isinf(ours).mean()),
         f"share > cap of {settings.cap}, retrained": float(np.isinf(theirs).mean()),
     }
-    return Reading("anamnesis", value, low, high, len(ours), "", detail=detail)
+    return Reading("anamnesis", value, low, high, len(ours), "ratio", detail=detail)
 
 
 def anamnesis_index(unlearned: np.ndarray, retrained: np.ndarray, cap: int) -> float:

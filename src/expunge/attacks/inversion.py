@@ -171,10 +171,11 @@ class _Found:
 
 
 def _fits(subject: Subject) -> bool:
-    """A classifier, one floating tensor goes in, and both models have the same parameters."""
-    if not (classifies(subject.task) and subject.has("test")):
+    """A classifier that names its columns, one floating tensor goes in, and both models have the same parameters."""
+    named = all(isinstance(getattr(subject.task, name, None), str) for name in ("inputs", "label"))
+    if not (named and classifies(subject.task) and subject.has("test")):
         return False
-    column = subject.data("forget").batch(torch.arange(1)).get(getattr(subject.task, "inputs", ""))
+    column = subject.data("forget").batch(torch.arange(1)).get(subject.task.inputs)  # type: ignore[attr-defined]
     shapes = [
         {name: p.shape for name, p in subject.opened(model).named_parameters()}
         for model in (subject.before, subject.after)

@@ -35,17 +35,16 @@ Outcome = Literal["equivalent", "different", "unclear"]
 ENOUGH = 3  # retrained models from which a spread can be told
 LARGEST = 256  # retrained models: the most that "how many would be needed" answers
 FALSE_ALARM = 0.02  # a: share of genuine retrained models that may fail a whole verdict
-EXPECTED_FAILURES, SURPRISE = (
-    0.05,
-    0.01,
-)  # held-out retrained models: a rate that is fine, and when we no longer believe it
+SURPRISE = 0.01  # probability of as many failures among held-out retrained models, below which the test is wrong
+RATIO = "ratio"  # unit of readings that are ratios
 
 DECISIVE = (
-    *("forget_accuracy", "forget_loss", "forget_margin_shift", "recall", "membership_auc"),
+    *("forget_accuracy", "forget_loss", "forget_margin_shift", "forget_margin_distance", "recall", "membership_auc"),
     *("retain_accuracy", "retain_loss", "test_accuracy", "test_loss"),
 )
 """The measures that decide. With every measure some would leave its band by chance."""
 
+APART = "forget_margin_distance"  # has no direction of its own
 UTILITY = ("retain_accuracy", "retain_loss", "test_accuracy", "test_loss")
 _ABOVE = {
     "forget_accuracy": "under-forgot",
@@ -131,6 +130,7 @@ class Spread:
         mean, deviation: of the values so transformed. count: retrained models. degrees: of freedom of the deviation.
         top: the largest value there can be, above 0; None where there is none, and nothing is transformed.
         step: the smallest difference there can be: one example, of a share.
+        ratio: whether the values are ratios, >= 0, which are compared as log(1 + value): equal factors are about equally far.
     """
 
     mean: float
@@ -140,12 +140,18 @@ class Spread:
     top: float | None = None
     step: float = 0.0
 
+    ratio: bool = False
+
     def at(self, value: float) -> float:
         """The value transformed."""
+        if self.ratio:
+            return math.log1p(max(0.0, value))
         return value if self.top is None else math.asin(math.sqrt(min(1.0, max(0.0, value / self.top))))
 
     def back(self, place: float) -> float:
         """The inverse of ``at``, for any number."""
+        if self.ratio:
+            return max(0.0, math.expm1(place))
         return place if self.top is None else self.top * math.sin(min(math.pi / 2, max(0.0, place))) ** 2
 
     def band(self, tests: int, count: int | None = None) -> float:
@@ -176,7 +182,7 @@ def spread_of(readings: Sequence[Reading]) -> Spread:
     """
     first = readings[0]
     step = 1.0000001 * 100 / first.n if first.unit == "%" and first.n else 0.0
-    scale = Spread(0.0, 0.0, len(readings), 1, ceiling(first), step)
+    scale = Spread(0.0, 0.0, len(readings), 1, ceiling(first), step, first.unit == RATIO)
     values = np.array([scale.at(reading.value) for reading in readings])
     prior = float(np.mean([((scale.at(r.high) - scale.at(r.low)) / (2 * 1.96)) ** 2 for r in readings]))
     variance, degrees = float(values.var(ddof=1)), len(values) - 1
@@ -285,7 +291,7 @@ def decide(
     if count < enough:
         return Verdict("cannot tell", (_too_few(count),), ENOUGH)
     found = (equivalence(readings[name], references[name], len(names)) for name in names)
-    tests = tuple(test for test in found if test is not None)
+    tests = _signed(tuple(test for test in found if test is not None))
     word = _word([test for test in tests if test.outcome == "different"])
     if word is None:
         unclear = [test for test in tests if test.outcome == "unclear" and test.word != "above"]
@@ -295,6 +301,16 @@ def decide(
         needed = None if None in wanted else max(number for number in wanted if number is not None)
         return Verdict("cannot tell", _reasons("cannot tell", tests, readings), needed, tests)
     return Verdict(word, _reasons(word, tests, readings), None, tests)
+
+
+def _signed(tests: tuple[Equivalence, ...]) -> tuple[Equivalence, ...]:
+    """The distance of single examples says that, the shift of all of them which way; nearer than retrained is no failure."""
+    shift = next((test for test in tests if test.name == "forget_margin_shift"), None)
+    way = "under-forgot" if shift is not None and shift.low > 0 else "over-forgot"
+    return tuple(
+        replace(test, word="above" if test.difference < 0 else way) if test.name == APART and test.word else test
+        for test in tests
+    )
 
 
 def deciding(readings: Mapping[str, Reading], references: Mapping[str, Sequence[Reading]]) -> tuple[str, ...]:
@@ -310,7 +326,7 @@ def _too_few(count: int) -> str:
 def _word(different: Sequence[Equivalence]) -> Word | None:
     """Forget accuracy first, then utility, then the finer signs: a ruined model knows nothing, whatever its margins."""
     words = {test.name: test.word for test in different}
-    order = ("forget_accuracy", "forget_loss", *UTILITY, "forget_margin_shift", "recall", "membership_auc")
+    order = ("forget_accuracy", "forget_loss", *UTILITY, "forget_margin_shift", "recall", "membership_auc", APART)
     return next((_NAMED[words[name]] for name in order if words.get(name) in _NAMED), None)
 
 
@@ -347,7 +363,7 @@ def controlled(verdict: Verdict, do_nothing: Verdict, needed: int | None, held_o
     if verdict.word == "cannot tell" and not verdict.tests:
         return verdict
     failed = sum(found.word != "forgotten" for found in held_out)
-    if held_out and stats.binom.sf(failed - 1, len(held_out), EXPECTED_FAILURES) < SURPRISE:
+    if held_out and stats.binom.sf(failed - 1, len(held_out), FALSE_ALARM) < SURPRISE:
         reason = f"{failed} of {len(held_out)} genuine retrained models, each held out, do not pass: the test is wrong, not strict"
         return Verdict("audit broken", (reason, *verdict.reasons), None, verdict.tests)
     if do_nothing.word == "not forgotten":

@@ -13,6 +13,7 @@ import numpy as np
 
 from expunge.audit import context, intervals, judge, words
 from expunge.audit.distance import floor
+from expunge.audit.genuine import check_references
 from expunge.audit.judge import Equivalence, Verdict
 from expunge.audit.subject import Curve, Model, Reading, Subject, back, holdable, plain
 from expunge.core import Data, Key, Refused, Request, Task
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = "expunge-report-2"
 ORIGINAL, RETRAIN, NOT_JUDGED = "original", "retrain", "not judged"
-ATTACKED = 3  # retrained models that a measure which trains or attacks is held against
+ATTACKED = 5  # retrained models that a measure which trains or attacks is held against, each costs as much again
 _NUMBERS = ("difference", "low", "high", "margin")
 Record = Mapping[str, Any]
 
@@ -306,16 +307,37 @@ def measured(subject: Subject, name: str, kind: str, also: Sequence[str] = ()) -
     if len(others) < len(subject.retrained):
         itself = ("It is one of the retrained models, and was judged against the others.",)
         subject = replace(subject, retrained=others)
-    found = {name: reading for name, function in asked_for(also).items() if (reading := function(subject)) is not None}
+    found, refusals = _found(subject, also)
     references = {name: _references(subject, reading) for name, reading in found.items()}
     tests = max(1, len(judge.deciding(found, references)))
     readings = {name: judge.judged(reading, references[name], tests) for name, reading in found.items()}
     record = subject.record or {}
     history = tuple(record.get("history", ()))
     kept = {key: value for key, value in record.items() if key not in ("history", "notes")}
-    row = Row(name, kind, readings, "", kept, history, (*record.get("notes", ()), *itself))
+    row = Row(name, kind, readings, "", kept, history, (*record.get("notes", ()), *itself, *refusals))
     enough = judge.ENOUGH - (len(subject.retrained) < len(subject.family))  # one of them may be held out
     return row.ruled(judge.decide(found, references, enough))
+
+
+def _found(subject: Subject, also: Sequence[str]) -> tuple[dict[str, Reading], tuple[str, ...]]:
+    """Every reading; a measure that was asked for and cannot be had is a sentence, and not the end of the audit."""
+    found, refusals = {}, []
+    for name, function in asked_for(also).items():
+        try:
+            reading = function(_few(subject) if is_asked(name) else subject)
+        except Refused as error:
+            if not is_asked(name):
+                raise
+            refusals.append(f"{name} was not measured: {error}")
+            continue
+        if reading is not None:
+            found[name] = reading
+    return found, tuple(refusals)
+
+
+def _few(subject: Subject) -> Subject:
+    """The same audit with few retrained models, for measures that train or attack each of them."""
+    return subject.judging(subject.after, subject.retrained[:ATTACKED], subject.record)
 
 
 def _references(subject: Subject, reading: Reading) -> list[Reading]:
@@ -329,14 +351,28 @@ def _references(subject: Subject, reading: Reading) -> list[Reading]:
 
 def _alone(subject: Subject, model: Model, name: str) -> Reading | None:
     """A measure of one retrained model against the rest of the whole family: the same in whatever row it is asked."""
-    rest = tuple(other for other in subject.family if other is not model)
-    return subject.cache.get(model, f"alone {name}", lambda: measures()[name](subject.judging(model, rest)))
+    family = subject.family[:ATTACKED] if is_asked(name) else subject.family
+    rest = tuple(other for other in family if other is not model)
+    return subject.cache.get(model, f"alone {name}", lambda: _try(name, subject.judging(model, rest)))
+
+
+def _try(name: str, subject: Subject) -> Reading | None:
+    try:
+        return measures()[name](subject)
+    except Refused:
+        if not is_asked(name):
+            raise
+        return None
 
 
 def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[str]) -> Report:
     do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control", also)
-    each = [measured(held, RETRAIN, "control", also) for held in map(subject.held_out, range(len(subject.retrained)))]
-    ruled = [_controlled(subject, row, do_nothing, each) for row in rows]
+    each = [
+        measured(subject.held_out(number), RETRAIN, "control", also if number < ATTACKED else ())
+        for number in range(len(subject.retrained))
+    ]
+    wrong = _wrong_references(subject)
+    ruled = [_controlled(subject, row, do_nothing, each, wrong) for row in rows]
     held = _held_out(subject, each)
     table = (do_nothing, *ruled, *([held] if held is not None else []))
     facts = context.facts(subject)
@@ -344,10 +380,21 @@ def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[st
     return Report(title, table, words.summary(table, facts), notes, facts)
 
 
-def _controlled(subject: Subject, row: Row, do_nothing: Row, each: Sequence[Row]) -> Row:
+def _wrong_references(subject: Subject) -> str:
+    """The sentence about a retrained model that was trained on the wrong data; "" where none is found."""
+    try:
+        check_references(subject)
+    except Refused as error:
+        return str(error)
+    return ""
+
+
+def _controlled(subject: Subject, row: Row, do_nothing: Row, each: Sequence[Row], wrong: str) -> Row:
     """The row, after doing nothing and the held-out retrained models have been judged by the same rule."""
     if row.verdict == NOT_JUDGED:
         return row
+    if wrong:
+        return row.ruled(Verdict("audit broken", (wrong, *row.reasons), None, row.tests))
     return row.ruled(
         judge.controlled(_verdict(row), _verdict(do_nothing), _needed(subject, do_nothing), [_verdict(r) for r in each])
     )

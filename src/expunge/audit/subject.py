@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Batch, Data, Key, Refused, Request, Task, only_looked_at
+from expunge.core import Batch, Data, Key, Refused, Request, Task, lent_stream, only_looked_at
 from expunge.data.sources import fingerprint
 from expunge.journal import described
 from expunge.store import Kept, Store
@@ -471,8 +471,7 @@ def run(model: nn.Module, task: Task, data: Data, size: int, key: Key) -> dict[s
     """
     device, parts = runtime.device_of(model), []
     names = ("logits", "label") if classifies(task) else ("loss", "units")
-    with torch.no_grad(), only_looked_at(model), torch.random.fork_rng():
-        torch.manual_seed(key.seed)
+    with torch.no_grad(), only_looked_at(model), lent_stream(key):
         for number, batch in enumerate(data.batches(size)):
             batch = task.prepare(runtime.to_device(batch, device), key.at("prepare", number))
             parts.append(_classified(model, task, batch) if classifies(task) else _measured(model, task, batch))

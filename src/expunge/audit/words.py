@@ -16,6 +16,7 @@ TITLES = {
     "average_gap_each": "Gap to each retrained model",
     "tug_of_war": "Tug of war",
     "forget_margin_shift": "Margin shift, forget",
+    "forget_margin_distance": "Margin distance, forget",
     "retain_margin_shift": "Margin shift, retain",
     "test_margin_shift": "Margin shift, test",
     "forget_accuracy": "Forget accuracy",
