@@ -150,7 +150,8 @@ class AuditSection(Section):
     """References to compare with: models retrained without the forget set, and others; see ``expunge.references``.
 
     Without `train`, the model that the data bring is trained by a recipe: `epochs`, `lr` and `batch`. `folder` is where
-    the models are kept (references in the run's folder by default), to be shared between runs.
+    the models are kept (references in the run's folder by default), to be shared between runs. `trust` takes retrained
+    models as they are; otherwise those that look trained on the forget data are refused.
     """
 
     retrained: WholeNumber = 0
@@ -158,6 +159,7 @@ class AuditSection(Section):
     shadows: WholeNumber = 0
     unlearn: bool = False
     weights: list[str] = Field(default_factory=list)
+    trust: bool = False
     train: str | None = None
     recipe: str = ""
     folder: str | None = None

@@ -115,9 +115,10 @@ def check_references(subject: Subject) -> None:
     """Refuse retrained models that were trained on the forget data, or were not trained on the retain data.
 
     Each is asked by its own membership, see ``lost_advantage``: of the advantage that training gave the forget examples
-    in the original models (``originals``, or ``before``), a retrained model must have lost more than half, and of that
-    of the retain examples less than a quarter; where whole classes are forgotten it must not be sure of them; and of four or
-    more it must not be the one that kept what all the others lost.
+    in the original models (``originals``, or ``before``), a retrained model must have lost more than half, or something for
+    sure (it loses all, but the advantage of hard examples is less than their rank says); of that of the retain examples less than a quarter; where
+    whole classes are forgotten it must not be sure of them; and of four or more it must not be the one that kept what all
+    the others lost.
 
     It says nothing where the original models themselves cannot be told to have seen the forget data (easy examples, a
     small network, too few of them), so passing is no proof. Test examples must be drawn like the training data.
@@ -186,7 +187,7 @@ def _trained_on(subject: Subject, model: Model, known: Sequence[Model], number: 
     members, key = before.get("retain", before["forget"]), subject.key.at("genuine", number)
     limit = LIMIT if subject.outputs("forget").margin is not None else np.inf  # for losses there is none that is known
     found = lost_advantage(before["forget"], after["forget"], members, before["test"], after["test"], key, limit)
-    if found.told and found.high < 0.5:
+    if found.told and found.low <= 0 and found.high < 0.5:
         raise Refused(
             f"{_named(subject, number)} was trained on the wrong data: of the advantage that training gave the forget "
             f"examples in the original it has lost {_percent(found.share)} (at most {_percent(found.high)}), as its own "

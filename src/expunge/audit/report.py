@@ -201,6 +201,7 @@ def audit(
     name: str = "unlearned",
     title: str = "Audit",
     also: Sequence[str] = (),
+    trust_references: bool = False,
 ) -> Report:
     """Judge one model: every measure that applies, with intervals, beside doing nothing and retraining.
 
@@ -211,13 +212,14 @@ def audit(
         extra_rows: further rows for the same table, judged elsewhere.
         name: of the model's row. title: of the report.
         also: measures that train or attack, by name, which run only where they are asked for; "all" for every one.
+        trust_references: do not look whether the retrained models saw the forget data (``genuine.check_references``).
     """
     asked_for(also)
     for taken in (name, *(row.name for row in extra_rows)):
         _free(taken)
     _apart(subject)
     row = measured(subject, name, "method", also)
-    return _report(subject, [row, *extra_rows], title, also)
+    return _report(subject, [row, *extra_rows], title, also, trust_references)
 
 
 def compare(
@@ -236,6 +238,7 @@ def compare(
     also: Sequence[str] = (),
     store: Store | None = None,
     originals: Sequence[Model] = (),
+    trust_references: bool = False,
 ) -> Report:
     """Judge several models of one request in one table, on the same resampled examples.
 
@@ -247,7 +250,7 @@ def compare(
             spread. Each is held out in turn and judged against the others: the row "retrain".
         retrain_records: their records, in the same order, or at least ``{"seconds": ..., "backward": ...}``.
         names: names of the classes. key, draws: of the bootstrap.
-        also: see ``audit``. store, originals: see ``Subject``.
+        also, trust_references: see ``audit``. store, originals: see ``Subject``.
     """
     asked_for(also)
     for name in methods:
@@ -274,7 +277,7 @@ def compare(
             rows.append(measured(subject.judging(model, record=record), name, "method", also))
         except Refused as error:
             rows.append(Row(name, "method", {}, NOT_JUDGED, notes=(str(error),)))
-    return _report(subject, rows, title, also)
+    return _report(subject, rows, title, also, trust_references)
 
 
 def _free(name: str) -> None:
@@ -365,13 +368,13 @@ def _try(name: str, subject: Subject) -> Reading | None:
         return None
 
 
-def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[str]) -> Report:
+def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[str], trusted: bool) -> Report:
     do_nothing = measured(subject.judging(subject.before), ORIGINAL, "control", also)
     each = [
         measured(subject.held_out(number), RETRAIN, "control", also if number < ATTACKED else ())
         for number in range(len(subject.retrained))
     ]
-    wrong = _wrong_references(subject)
+    wrong = "" if trusted else _wrong_references(subject)
     ruled = [_controlled(subject, row, do_nothing, each, wrong) for row in rows]
     held = _held_out(subject, each)
     table = (do_nothing, *ruled, *([held] if held is not None else []))
