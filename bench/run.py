@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def main(chosen: list[str]) -> int:
     """Run what was chosen (everything by default); the number of benchmarks that failed."""
-    scripts = ("surgery_cost", "audit_speed", "reference_speed", "null_tables")
+    scripts = ("surgery_cost", "verdicts", "audit_speed", "reference_speed", "null_tables")
     commands = {name: [sys.executable, str(HERE / f"{name}.py")] for name in scripts}
     for suite in sorted((HERE / "suites").glob("*.toml")):
         commands[suite.stem] = [sys.executable, "-m", "expunge", "bench", str(suite), "--out", str(HERE / "results")]
