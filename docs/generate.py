@@ -43,6 +43,8 @@ def listing(kind: str, folder: str) -> str:
             for e in entries
         ]
         return table(("method", "what it does", "paper", "tasks", "status"), rows)
+    if kind == "measures":
+        return table(("name", "runs", "what it is"), [[f"`{e['name']}`", e["runs"], e["summary"]] for e in entries])
     rows = [
         [
             f"`{e['name']}`",

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from expunge.registry import Method, Range, find, measures, methods, parts, tasks
+from expunge.registry import Method, Range, find, is_asked, measures, methods, parts, tasks
 
 _ARGUMENT = re.compile(r"^(\w+(?:, \w+)*): (.*)$")
 
@@ -29,7 +29,7 @@ def _parts(kind: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _extra(kind: str, part: Any) -> dict[str, Any]:
     if kind == "measures":
-        return {}
+        return {"runs": "when asked" if is_asked(getattr(part, "name", part.__name__)) else "always"}
     fields = getattr(part, "__dataclass_fields__", {})
     unit = fields["unit"].default if kind == "tasks" and "unit" in fields else None
     settings = {name: _default(value) for name, value in _defaults(part).items()}

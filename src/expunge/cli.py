@@ -309,7 +309,9 @@ def list_(
         _print_json(entries)
         return
     columns = [
-        name for name in ("name", "summary", "paper", "status", "unit") if any(entry.get(name) for entry in entries)
+        name
+        for name in ("name", "runs", "summary", "paper", "status", "unit")
+        if any(entry.get(name) for entry in entries)
     ]
     _print(_table(columns, [[str(entry.get(name) or "") for name in columns] for entry in entries]))
 

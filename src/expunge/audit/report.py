@@ -377,7 +377,9 @@ def _report(subject: Subject, rows: Iterable[Row], title: str, also: Sequence[st
     wrong = "" if trusted else _wrong_references(subject)
     ruled = [_controlled(subject, row, do_nothing, each, wrong) for row in rows]
     held = _held_out(subject, each)
-    table = (do_nothing, *ruled, *([held] if held is not None else []))
+    passes = do_nothing.verdict == "forgotten"  # which is a word that must not stand beside a model that forgot nothing
+    nothing = _controlled(subject, do_nothing, do_nothing, each, wrong) if passes else do_nothing
+    table = (nothing, *ruled, *([held] if held is not None else []))
     facts = context.facts(subject)
     notes = tuple(context.notes(subject, do_nothing, held))
     return Report(title, table, words.summary(table, facts), notes, facts)

@@ -503,7 +503,7 @@ def _finite(said: Tensor) -> np.ndarray:
 
 def _classified(model: nn.Module, task: Any, batch: Batch) -> tuple[np.ndarray, ...]:
     logits, labels = task.logits(model, batch).float(), task.labels(batch)
-    if logits.ndim != 2 or logits.shape[1] != task.classes:
+    if logits.shape != (len(labels), task.classes):
         raise Refused(
             f"a model gives outputs of shape {tuple(logits.shape)} for {len(labels)} examples of {task.classes} classes: "
             f"expected {(len(labels), task.classes)}; is it of another task?"
