@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from expunge.core import Refused
+from expunge.core import Refused, require
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], lr: float, patterns: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -95,7 +95,76 @@ class AdamW:
         )
 
 
-Optimizer = SGD | Adam | AdamW
+@dataclass(frozen=True)
+class Sophia:
+    """Sophia-G as SOUL runs it (arXiv:2404.18239, arXiv:2305.14342): momentum over a curvature of squared gradients.
+
+    Every step reads one gradient g of the loss at hand, whatever the loss: no labels are resampled for the curvature
+    and it is refreshed at each step, as in the authors' code. Nothing is corrected for the zero start of m and h.
+    No coordinate moves by more than lr in a step; where |m| exceeds rho * scale * h the step is plain sign descent,
+    which at the published settings is wherever |g| is below 1 / (rho * scale) = 0.005.
+
+    Formula: m <- b1 m + (1 - b1) g; h <- b2 h + (1 - b2) g^2; theta <- (1 - lr weight_decay) theta;
+    theta <- theta - lr sign(m) min(|m| / (rho scale h + 1e-15), 1).
+
+    Departure: the released code moves m twice in a step, which makes it b1^2 m + (1 - b1^2) g; here it moves once, as
+    in the paper. ``betas=(0.81, 0.95)`` gives the released update of 0.9. Weight decay is on every parameter in scope;
+    the authors exempt biases and normalisation.
+
+    Args:
+        lr: the most that a coordinate moves in a step.
+        betas: (b1, b2), of the momentum and of the curvature, each in [0, 1).
+        rho: > 0; scale: the authors' constant B, > 0. Only their product matters.
+        weight_decay: decoupled, >= 0.
+        groups: name pattern -> its own learning rate.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    rho: float = 0.04
+    scale: float = 5120.0
+    weight_decay: float = 0.0
+    groups: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "two numbers in [0, 1)")
+        require(self.rho > 0, self, "rho", "above 0")
+        require(self.scale > 0, self, "scale", "above 0")
+        require(self.weight_decay >= 0, self, "weight_decay", "at least 0")
+
+    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer over these named parameters."""
+        settings = {"betas": self.betas, "curvature": self.rho * self.scale, "weight_decay": self.weight_decay}
+        return _Sophia(_groups(parameters, self.lr, self.groups), settings)
+
+
+class _Sophia(torch.optim.Optimizer):
+    """The update of ``Sophia``; m and h are kept in the weight's own precision, as torch's Adam keeps its moments."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the gradients that the parameters carry; one without a gradient is left alone."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    _sophia_step(parameter, self.state[parameter], group)
+
+
+def _sophia_step(parameter: nn.Parameter, state: dict[str, torch.Tensor], group: Mapping[str, Any]) -> None:
+    if not state:
+        state["m"], state["h"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    grad, (first, second) = parameter.grad, group["betas"]
+    assert grad is not None
+    state["m"].lerp_(grad, 1 - first)
+    state["h"].mul_(second).addcmul_(grad, grad, value=1 - second)
+    wide = torch.promote_types(parameter.dtype, torch.float32)  # 1e-15 is 0 in half precision
+    m, h = state["m"].to(wide), state["h"].to(wide)
+    ratio = (m.abs() / (group["curvature"] * h + 1e-15)).clamp_max(1.0)
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.sub_((group["lr"] * m.sign() * ratio).to(parameter.dtype))
+
+
+Optimizer = SGD | Adam | AdamW | Sophia
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,10 @@ def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
     return {name: kind for name, kind in every.items() if name not in _ASKED or name in named or "all" in named}
 
 
-_PARTS = {"objectives": (("objectives",), "__call__"), "combiners": (("combine", "implicit", "compose"), "combine")}
+_PARTS = {
+    "objectives": (("objectives", "token_objectives", "preference", "confidence"), "__call__"),
+    "combiners": (("combine", "implicit", "compose", "constrained"), "combine"),
+}
 
 
 def parts(kind: str) -> dict[str, type]:

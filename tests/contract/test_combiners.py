@@ -34,6 +34,7 @@ COMBINERS |= {f"ImplicitSurgery {form}": ImplicitSurgery(form=form, start=0.5) f
 PROTECTING = {
     "OneSidedProjection",
     "FastImplicitSurgery",
+    "PrimalDual",
     *(name for name in COMBINERS if name.startswith("ImplicitSurgery")),
 }
 INVARIANT = {"Nash", "ImplicitSurgery", "ImplicitSurgery log"}  # of degree 0 in the losses: only the rate sets the step

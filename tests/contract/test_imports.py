@@ -22,7 +22,9 @@ Where = Literal["top", "function", "types"]
 #   scope is below oracle, which differentiates inside a scope, and gramian and criteria are rules on numbers alone;
 #   journal writes Cases and Scopes, and is what reports and run files are written with;
 #   tasks and data know the nouns, not the losses; data.builtin is the exception that trains its small networks;
-#   audit judges models from outside: it may see no objective, combiner, method or loop.
+#   audit judges models from outside: it may see no objective, combiner, method or loop;
+#   benchmarks score what models said with the audit's intervals, and may train models of their own: no method or
+#   measure may lean on one.
 ORDER: list[set[str]] = [
     {"version", "meter", "progress"},
     {"core"},
@@ -30,14 +32,25 @@ ORDER: list[set[str]] = [
     {"scope", "criteria", "data.split", "data.tables"},
     {"oracle", "journal", "tasks.*", "data.files"},
     {"weights", "store", "watch"},
-    {"audit.*", "objectives", "combine", "curvature", "edits", "wrap", "reference", "shards"},
-    {"saliency", "guarded", "compose", "implicit"},
+    {
+        "audit.*",
+        "objectives",
+        "token_objectives",
+        "combine",
+        "curvature",
+        "edits",
+        "wrap",
+        "reference",
+        "shards",
+        "steer",
+    },
+    {"saliency", "guarded", "compose", "implicit", "constrained", "preference", "confidence"},
     {"descend"},
     {"methods.*", "data.builtin", "attacks.*", "guarantees.*"},
     {"run", "trainer", "shadow_design"},
     {"shelf"},
     {"training_pool", "reference_plan"},
-    {"challenges.*", "references"},
+    {"challenges.*", "references", "benchmarks.*"},
     {"spec", "demo"},
     {"workload"},
     {"perform"},
@@ -45,7 +58,14 @@ ORDER: list[set[str]] = [
     {"cli"},
     {"__main__"},
 ]
-SIBLINGS = {"tasks", "audit", "attacks", "challenges", "guarantees"}  # packages whose modules may import one another
+SIBLINGS = {
+    "tasks",
+    "audit",
+    "attacks",
+    "challenges",
+    "guarantees",
+    "benchmarks",
+}  # packages whose modules may import one another
 AUDIT_SEES = {
     *("core", "runtime", "oracle", "registry", "journal", "version", "meter", "progress"),
     *("store", "weights", "data.sources"),

@@ -63,6 +63,8 @@ _ABOVE = {
     "lm_min_k": "under-forgot",
     "lm_min_k_plus": "under-forgot",
     "lm_gradient_norm": "under-forgot",
+    "exact_memorisation": "under-forgot",
+    "extraction_strength": "under-forgot",
     "input_perturbation": "under-forgot",
     "relearn": "under-forgot",
     "relearn_benign": "under-forgot",

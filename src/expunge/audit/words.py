@@ -71,6 +71,8 @@ TITLES = {
     "lm_min_k": "Membership AUC, Min-K",
     "lm_min_k_plus": "Membership AUC, Min-K++",
     "lm_gradient_norm": "Membership AUC, gradient norm",
+    "exact_memorisation": "Answer tokens known by heart",
+    "extraction_strength": "Answer completed from its start",
     "input_perturbation": "Lead under disturbed inputs",
     "worst_retain": "Worst on retain along the run",
     "worst_test": "Worst on test along the run",
