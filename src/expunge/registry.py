@@ -16,6 +16,7 @@ from typing import Any
 
 from expunge.core import Case, MissingExtra, Refused, Request, Stage
 
+FEW, NEAREST = 20, 8  # names that a sentence can hold, and how many of more it gives
 ALL = ("classification", "regression", "causal_lm", "diffusion")
 
 
@@ -330,9 +331,13 @@ def _public(module: Any, wanted: str) -> dict[str, type]:
 
 
 def find(kind: str, name: str, among: Mapping[str, Any]) -> Any:
-    """The entry called `name`, or a refusal that suggests the nearest."""
+    """The entry called `name`, or a refusal that suggests the nearest, and names all of a few."""
     if name not in among:
-        raise Refused(f"unknown {kind} {name!r}{did_you_mean(name, among)}; there are {', '.join(among)}")
+        names = list(among)
+        few = len(names) <= FEW
+        shown = names if few else sorted(difflib.get_close_matches(name, names, NEAREST, 0.0))
+        have = f"there are {', '.join(shown)}" if few else f"there are {len(names)}, such as {', '.join(shown)}"
+        raise Refused(f"unknown {kind} {name!r}{did_you_mean(name, among)}; {have}")
     return among[name]
 
 
