@@ -63,6 +63,8 @@ def load(spec: RunSpec) -> Workload:
         Refused: for files or a function that do not give what they should.
     """
     held_out = spec.request.held_out()
+    if held_out is not None:
+        _apart(spec, held_out)
     found = _loaded(spec)
     return found if held_out is None else _without(found, held_out)
 
@@ -79,6 +81,17 @@ def _loaded(spec: RunSpec) -> Workload:
     weights, base = spec.model.weights, found
     build = (lambda seed: builtin.fresh(base.make, seed)) if base.make is not None else base.trained
     return Workload(**{**vars(found), "trained": lambda seed: load_weights(build(seed), weights).eval()})
+
+
+def _apart(spec: RunSpec, held_out: Sequence[int]) -> None:
+    """Refuse ids that are to be forgotten or kept, and are said to be unseen as well."""
+    for name, ids in zip(("forget", "retain"), spec.request.chosen(), strict=True):
+        both = sorted(set(held_out) & set(ids)) if isinstance(ids, list) else []
+        if both:
+            raise Refused(
+                f"the {name} and test files share {len(both)} ids, the first is {both[0]}: no model may have been trained on "
+                f"test rows; remove them from one of the two"
+            )
 
 
 def _without(workload: Workload, ids: Sequence[int]) -> Workload:

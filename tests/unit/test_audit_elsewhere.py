@@ -55,9 +55,13 @@ def test_the_line_of_the_readme(folder: Path, capsys: pytest.CaptureFixture[str]
     assert rows["unlearned"]["verdict"] == "not forgotten"
     assert rows["original"]["verdict"] == "not forgotten"
     assert rows["retrain"]["verdict"] == "3 of 3 pass"
-    assert report["facts"]["examples"] == {
-        name: len(Path(f"{name}.txt").read_text().split()) - 34 * 0 for name in ("forget", "retain")
-    } | {key: value for key, value in report["facts"]["examples"].items() if key.startswith("test")}
+    sizes, lines = (
+        report["facts"]["examples"],
+        {n: len(Path(f"{n}.txt").read_text().split()) for n in ("forget", "retain", "test")},
+    )
+    assert (sizes["forget"], sizes["retain"]) == (lines["forget"], lines["retain"])
+    assert sizes["test"] + sizes["test_forgotten"] == lines["test"]
+    assert sizes["test_forgotten"] > 0
     assert (folder / "out/audit/report.html").is_file()
     files = sorted((folder / "out/audit/references").rglob("*.safetensors"))
     times = [path.stat().st_mtime_ns for path in files]
@@ -98,7 +102,7 @@ def test_without_references_it_cannot_tell(folder: Path, capsys: pytest.CaptureF
         ({"forget": "gone.txt"}, [], "there is no index file gone.txt"),
         ({"forget": "retain.txt"}, [], "retain overlaps forget"),
         ({"forget": "far.txt"}, [], "99999"),
-        ({"test": "forget.txt"}, [], ""),
+        ({"test": "forget.txt"}, [], "forget and test files share 146 ids, the first is 7"),
         ({"test": "far.txt"}, [], "99999"),
         ({"after": "digits.npz"}, [], "digits.npz is not a plain file of tensors"),
         ({"after": "cut.pt"}, [], "does not fit the model"),
@@ -111,7 +115,7 @@ def test_without_references_it_cannot_tell(folder: Path, capsys: pytest.CaptureF
 def test_bad_input_is_one_sentence_before_the_work(
     folder: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, str | None], extra: list[str], sentence: str
 ) -> None:
-    Path("far.txt").write_text("0\n99999\n")
+    Path("far.txt").write_text("99999\n")
     torch.save({"0.weight": torch.zeros(8, 1, 3, 3)}, "cut.pt")
     assert main([*arguments(**changes), *extra]) == 2
     said = capsys.readouterr().err
