@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from expunge.core import Batch, Data, Key, Request, Task
 from expunge.data.sources import as_data
 from expunge.oracle import positions
+from expunge.tasks.alternates import paired
 from expunge.tasks.causal_lm import IGNORED, CausalLM
 from expunge.tasks.classification import Classification
 from expunge.tasks.diffusion import Diffusion, LinearBetas
@@ -94,6 +95,16 @@ def tiny(name: str, by: str = "group") -> Tiny:
 def retrained(name: str, by: str = "group", seed: int = 0) -> nn.Module:
     """The same model and recipe on the retain examples only."""
     return copy.deepcopy(_trained(name, by, True, seed).model)
+
+
+def given(needs: Iterable[str], request: Request, task: Any) -> Request:
+    """The request with what a method needs besides: a column ``win``, another answer to each question to forget."""
+    if "column:win" not in needs or request.forget is None:
+        return request
+    batch = request.forget.batch(torch.arange(len(request.forget)))
+    wrong = task.relabel(batch, Key(13))
+    win = as_data({name: wrong[name] for name in ("input_ids", "attention_mask", "labels")}, ids=batch["id"])
+    return replace(request, forget=paired(request.forget, win))
 
 
 def odd() -> Tiny:

@@ -39,7 +39,8 @@ from expunge.progress import progress
 from expunge.references import references
 from expunge.registry import did_you_mean
 from expunge.run import unlearn, writing
-from expunge.spec import MethodSection, Section, WholeNumber, checked, read_toml
+from expunge.sections import MethodSection, Section, WholeNumber
+from expunge.spec import checked, read_toml
 from expunge.version import __version__, revision
 
 SUITES, RESULTS = Path("bench/suites"), Path("bench/results")

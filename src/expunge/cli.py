@@ -134,17 +134,52 @@ def demo(
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+    file: Annotated[Path | None, typer.Argument(help="A run file (TOML); a language model needs none.")] = None,
     overrides: Overrides = None,
+    task: Annotated[str | None, typer.Option(help="causal-lm, for a run without a run file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a language model.")] = None,
+    forget: Annotated[str | None, typer.Option(help="JSON lines of the texts to forget.")] = None,
+    retain: Annotated[str | None, typer.Option(help="JSON lines of the texts to keep.")] = None,
+    test: Annotated[str | None, typer.Option(help="JSON lines of texts that the model never saw.")] = None,
+    method: Annotated[str | None, typer.Option(help="A registered method (see list methods).")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Train in an adapter: lora, and others.")] = None,
+    retrained: Annotated[
+        list[str] | None, typer.Option(help="Folder of a model trained without the forget texts; repeat it.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the model, its record and the report.")] = None,
     as_json: AsJson = False,
     gate: Gate = False,
 ) -> int:
-    """Do what a run file says: forget, and audit if it asks."""
+    """Forget, and audit if asked: as a run file says, or for a language model as the options say."""
     from expunge.core import Refused
     from expunge.perform import perform
     from expunge.spec import RunSpec
 
-    spec = RunSpec.read(file, overrides or ())
+    options = {
+        "--task": ("data", "task", task),
+        "--model": ("model", "weights", model),
+        "--forget": ("request", "forget_file", forget),
+        "--retain": ("request", "retain_file", retain),
+        "--test": ("request", "test_file", test),
+        "--method": ("method", "name", method),
+        "--adapter": ("run", "adapter", adapter),
+        "--retrained": ("audit", "weights", retrained or None),
+        "--out": ("run", "out", out),
+    }
+    given: dict[str, dict[str, Any]] = {}
+    for section, key, value in options.values():
+        if value is not None:
+            given.setdefault(section, {})[key] = value
+    overrides = list(overrides or ())
+    if file is not None and "=" in file.name and not file.exists():
+        file, overrides = None, [str(file), *overrides]  # without a run file the first setting stands in its place
+    if file is None:
+        needed = ("--task", "--model", "--forget", "--method")
+        missing = [name for name in needed if options[name][2] is None]
+        if missing:
+            raise Refused(f"without a run file a run needs {', '.join(needed)}; missing: {', '.join(missing)}")
+        given["run"] = {"out": "out/run"} | given.get("run", {})
+    spec = RunSpec.read(file, overrides, given)
     if spec.data.suite is not None:
         _one_thread()
     if gate and not spec.audit.wanted:
@@ -161,12 +196,14 @@ def run(
             f"{record['method']} was run to forget {record['examples'].get('forget', 0):,} examples: {cost['seconds']:.1f} s, "
             f"{cost['forward']:,} rows forward, {cost['backward']:,} backward",
             *record["notes"],
+            *done.notes,
         ]
         if done.report is None:
             lines.append(
                 "whether it forgot is not known: audit.retrained=3 compares it with models retrained without them"
             )
-        _print(*lines, *_report_parts(done.report), *([f"written to {done.folder}"] if done.folder else []))
+        where = [] if done.folder is None else [f"written to {done.folder}"]
+        _print(*lines, *_report_parts(done.report), *where)
     return _gated(done.report) if gate else DONE
 
 
@@ -242,7 +279,8 @@ def reference(
 ) -> None:
     """Train the models that an audit is judged by, each once."""
     from expunge.perform import reference_folder, train_references
-    from expunge.spec import AuditSection, RunSpec, checked
+    from expunge.sections import AuditSection
+    from expunge.spec import RunSpec, checked
 
     spec = RunSpec.read(file, overrides or ())
     asked: dict[str, Any] = {"retrained": retrained, "originals": originals, "shadows": shadows, "workers": workers}

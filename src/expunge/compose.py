@@ -126,7 +126,8 @@ class Clip:
 class SAM:
     """Sharpness-aware: the inner combiner at weights moved by `radius` up the gradient of the roles in `along`.
 
-    Foret et al. 2021; with ``along=("forget",)`` the smoothed unlearning of arXiv:2502.05374. Twice the price.
+    Foret et al. 2021. Every role is seen at the moved weights; in arXiv:2502.05374 only the forget gradient is, which is
+    ``smooth.Smoothed``. Twice the price.
 
     Args:
         inner: any combiner. radius: length of the move, > 0. along: roles whose loss is climbed (default: all).

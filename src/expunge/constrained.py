@@ -5,8 +5,10 @@ State is explicit, as in ``combine``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from expunge import runtime
 from expunge.combine import State, others
 from expunge.core import Grads, require
 from expunge.oracle import Oracle, example_weights
@@ -51,6 +53,61 @@ class PrimalDual:
         if steps >= self.warmup:
             weight = max(0.0, weight + self.dual_lr * (oracle.losses[self.protect] - self.epsilon))
         return grads, {"w": weight, "steps": steps + 1}
+
+
+@dataclass(frozen=True)
+class SafeGrad:
+    """Both gradients, the free one without what opposes the protected one (SafeGrad, arXiv:2508.07172).
+
+    g_u is the gradient of the other roles together and g_a that of the protected role. Where <g_u, g_a> < 0,
+    g_u <- g_u - (<g_u, g_a> / |g_a|^2) g_a; the update is g_u + rho g_a. With rho = 0 it is one-sided surgery; without
+    conflict it is a weighted sum. Inner products are accumulated in float64; two graphs, one after the other.
+
+    It promises that the protected loss falls to first order, along the raw update only: not after momentum or Adam.
+
+    Args:
+        rho: weight of the protected gradient, >= 0. Not given in what of the paper could be read.
+        per_tensor: one inner product and one projection per tensor, instead of one over all of them.
+        protect: the role that is protected.
+    """
+
+    rho: float = 1.0
+    per_tensor: bool = False
+    protect: str = "retain"
+
+    def __post_init__(self) -> None:
+        require(self.rho >= 0, self, "rho", "at least 0")
+
+    def init(self) -> State:
+        return {}
+
+    def combine(self, oracle: Oracle, state: State) -> tuple[Grads, State]:
+        free = others(oracle, self.protect)
+        kept = oracle.grad({self.protect: 1.0})
+        grads = oracle.grad(dict.fromkeys(free, 1.0))
+        inner, square = runtime.dot(grads, kept), runtime.dot(kept, kept)
+        free_square = runtime.dot(grads, grads)
+        length = free_square * square
+        oracle.report["cosine"] = inner / math.sqrt(length) if length > 0 else 0.0
+        if self.per_tensor:
+            parts = [({name: grad}, {name: kept[name]}) for name, grad in grads.items() if name in kept]
+            away = [(part, -_opposed(runtime.dot(*part), *(runtime.dot(p, p) for p in part[::-1]))) for part in parts]
+            for (part, held), share in away:
+                runtime.linear((1.0, part), (share, held))
+        else:
+            runtime.linear((1.0, grads), (-_opposed(inner, square, free_square), kept))
+        grads = runtime.linear((1.0, grads), (self.rho, kept))
+        oracle.report["retain_slope"] = runtime.dot(grads, kept)
+        return grads, state
+
+
+ROUNDING = 1e-10
+"""Share of the other's squared length below which a gradient is rounding, and points nowhere."""
+
+
+def _opposed(inner: float, square: float, free: float) -> float:
+    """<g_u, g_a> / |g_a|^2 where it is below 0; else 0, and where g_a is 0 but for rounding, as at a run's first step."""
+    return inner / square if inner < 0 and square > ROUNDING * free else 0.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,3 +186,63 @@ def _flat(grads: Grads, names: list[str]) -> Tensor:
 def _unflat(flat: Tensor, like: Grads, names: list[str]) -> Grads:
     parts = flat.split([like[name].numel() for name in names])
     return {name: part.reshape(like[name].shape).to(like[name].dtype) for name, part in zip(names, parts, strict=True)}
+
+
+def expected_fisher(case: Case, data: Data, chunk: int = 64, key: Key = Key(0)) -> Grads:
+    """Diagonal of the Fisher information itself: the mean over examples of what the model itself expects of g^2.
+
+    F_j = mean_i sum_y p(y | x_i) (d -log p(y | x_i) / d theta_j)^2 over all C answers of a classifier; of a regression,
+    whose answers are Gaussian, mean_i sum_k (d f_k(x_i) / d theta_j)^2 / scale^2 over its k targets. No true answer is
+    read. C (or k) passes over the data, each example differentiated on its own; equal for any `chunk`, to rounding.
+
+    Args:
+        data: the examples; a ``weight`` column is respected.
+        chunk: examples differentiated together; fewer where their gradients would not fit in memory.
+        key: of what the task draws.
+
+    Raises:
+        Refused: for a task whose answers cannot be gone through one by one.
+    """
+    total: Grads = {}
+    weights = 0.0
+    for answer in _answers(case, data):
+        part, weights = squares(case, data, answer, chunk, key)
+        total = runtime.linear((1.0, total), (1.0, part)) if total else part
+    return {name: value.div_(weights) for name, value in total.items()}
+
+
+def _answers(case: Case, data: Data) -> list[Objective]:
+    """One objective per answer, whose squared gradients add up to the expectation."""
+    task: Any = case.task
+    if hasattr(task, "classes") and hasattr(task, "logits"):
+        return [_OfClass(answer) for answer in range(task.classes)]
+    if hasattr(task, "targets") and hasattr(task, "scale"):
+        width = task.targets(data.batch(torch.arange(1))).shape[1]
+        return [_OfTarget(number) for number in range(width)]
+    raise Refused(
+        f"the Fisher information goes through every possible answer, which task {task.name!r} has too many of: it is for "
+        f"classification and regression"
+    )
+
+
+@dataclass(frozen=True)
+class _OfClass:
+    """The NLL of one class times the square root of its probability, which is held constant."""
+
+    answer: int
+
+    def __call__(self, case: Case, batch: Batch) -> Tensor:
+        task: Any = case.task
+        log_p = torch.log_softmax(task.logits(case.model, batch), -1)[:, self.answer]
+        return -log_p * (0.5 * log_p.detach()).exp()
+
+
+@dataclass(frozen=True)
+class _OfTarget:
+    """One prediction, in units of the noise's standard deviation."""
+
+    number: int
+
+    def __call__(self, case: Case, batch: Batch) -> Tensor:
+        task: Any = case.task
+        return task.outputs(case.model, batch)[:, self.number] / task.scale

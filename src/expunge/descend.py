@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,35 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from expunge import guard as guards
 from expunge import runtime
 from expunge.combine import Weighted
 from expunge.compose import clock_of
-from expunge.core import Case, Combiner, Data, Key, Objective, Refused, eval_mode, lent_stream, require
-from expunge.objectives import NLL
+from expunge.core import Case, Combiner, Key, Objective, Refused, lent_stream, require
+from expunge.guard import Guard
+from expunge.meter import peak_bytes
 from expunge.optim import SGD, Constant, Optimizer, Schedule
-from expunge.oracle import Diverged, Draws, On, Oracle, differentiable, mean_loss
-from expunge.progress import progress
+from expunge.oracle import Diverged, Draws, On, Oracle, differentiable
+from expunge.predict import predict
+from expunge.progress import progress, say
 from expunge.scope import Guarded
-
-
-@dataclass(frozen=True)
-class Guard:
-    """Stop a run whose retain loss leaves its bound and stays out, and keep the last state that was inside it.
-
-    The loss is the task's NLL per unit on a fixed probe of retain examples. Its bound is the loss at the start plus
-    `rise` of the way from there to the loss of a predictor that knows nothing (``task.chance``).
-
-    Args:
-        rise: share of the way to chance that the retain loss may go, in (0, 1].
-        checks: how often over the run, evenly; or after which steps. The last one is at the end in any case.
-        patience: checks in a row that must find the loss outside before the run stops; at the end one is enough.
-        probe: retain examples looked at.
-    """
-
-    rise: float = 0.25
-    checks: int | tuple[int, ...] = 10
-    patience: int = 3
-    probe: int = 128
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,9 @@ class Descend:
         optimizer, schedule: settings, from ``optim``.
         steps, epochs: exactly one of them; an epoch is one pass over the data of the first role.
         batch: examples per role and step, or role -> number. A source smaller than that is taken whole.
-        accumulate: pieces that each role's batch is cut into, to save memory.
+        accumulate: pieces that each role's batch is cut into, to save memory; of like length, where examples have one.
+        order: "shuffled", or "bucketed": batches of examples of like length, in a drawn order, so that less is padding.
+            That changes which examples meet in a batch, and so the result: no batch is a random one any more.
         norm_stats: "frozen": eval mode, running statistics used, no dropout, nothing moves but the scope. "live": train
             mode, as many authors do; not with ``accumulate > 1``, since a loss would then depend on the cut.
         guard: stop when the retain loss leaves its bound; None never stops.
@@ -82,6 +68,7 @@ class Descend:
     epochs: float | None = None
     batch: int | Mapping[str, int] = 64
     accumulate: int = 1
+    order: Literal["shuffled", "bucketed"] = "shuffled"
     norm_stats: Literal["frozen", "live"] = "frozen"
     guard: Guard | None = None
     watch: int = 0
@@ -159,6 +146,7 @@ class Descend:
                     f"Descend: {what} is {found}; expected one of expunge.{'combine' if what == 'combine' else 'objectives'}"
                 )
         require(self.norm_stats in ("frozen", "live"), self, "norm_stats", "'frozen' or 'live'")
+        require(self.order in ("shuffled", "bucketed"), self, "order", "'shuffled' or 'bucketed'")
         named = self.batch if isinstance(self.batch, Mapping) else {}
         for role in named:
             if role not in roles:
@@ -187,6 +175,15 @@ def _opened(case: Case, live: bool) -> Any:
         yield
 
 
+def _lengths(case: Case, roles: Mapping[str, On]) -> dict[str, Tensor]:
+    """source -> [n] lengths of its examples."""
+    find = getattr(case.task, "lengths", None)
+    if find is None:
+        raise Refused(f"order='bucketed' needs examples with a length, which task {case.task.name!r} does not have")
+    sources = {on.source for on in roles.values() if on.source is not None}
+    return {name: torch.cat([find(batch) for batch in case.request.data(name).batches(256)]) for name in sources}
+
+
 class _Run:
     """One execution of a Descend: what changes from step to step lives here, and in the checkpoint."""
 
@@ -197,7 +194,8 @@ class _Run:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.state = plan.combine.init()
         self.sizes = {role: plan.size(role) for role in roles}
-        self.watched = _Watch(plan.guard, case, key, steps) if plan.guard is not None else None
+        self.lengths = _lengths(case, roles) if plan.order == "bucketed" else {}
+        self.watched = guards.Sentry(plan.guard, case, key, steps) if plan.guard is not None else None
         self.step = 0
 
     @property
@@ -206,10 +204,15 @@ class _Run:
 
     def go(self) -> None:
         checkpoint = self.case.journal.enter(self.plan) if self.case.journal is not None else None
+        if checkpoint is not None and self.watched is not None and guards.bytes_of(self._changing()) > guards.SPILL:
+            self.watched.kept = guards.Kept(checkpoint.path.with_name(f"kept-{checkpoint.path.name}"))
         if checkpoint is not None and (saved := checkpoint.load()) is not None:
             self._restore(saved)
-        elif self.watched is not None:
-            self.watched.begin(self._snapshot())
+        else:
+            if self.watched is not None:
+                self.watched.begin(self._changing())
+            self._predict()
+        first, begun = self.step, time.perf_counter()
         with progress("unlearning", self.steps) as show:
             while self.step < self.steps:
                 if not self._advance():
@@ -217,8 +220,37 @@ class _Run:
                 show(self.step)
                 if checkpoint is not None and self.step < self.steps:
                     checkpoint.tick(self._checkpoint)
+        self._compare(begun, first)
         if not runtime.finite(self.scope.parameters):
             self._fall_back(f"weights stopped being finite by step {self.step}")
+
+    def _predict(self) -> None:
+        """Where the run asks for it: what the loop will take, from the gradients of its first step, which are dropped."""
+        meter, model = self.case.meter, self.case.model
+        if meter.predicted is None:
+            return
+        teachers = (t for t in self.case.teachers.values() if isinstance(t, nn.Module))
+        buffers = {name: b.clone() for name, b in model.named_buffers()} if self._live else {}
+
+        def probe() -> None:
+            oracle = self._oracle()
+            with self._noise():
+                self.plan.combine.combine(oracle, self.plan.combine.init())
+
+        with meter.checking():
+            found = predict(
+                self.steps, [model, *teachers], self.scope.parameters, self.plan.optimizer.build, probe
+            )
+        for name, value in buffers.items():
+            model.get_buffer(name).copy_(value)
+        meter.predicted.append(found.describe())
+        say(found.sentence())
+
+    def _compare(self, begun: float, first: int) -> None:
+        """Put what the loop took beside what it was expected to take."""
+        if self.case.meter.predicted and self.step > first:
+            seconds = (time.perf_counter() - begun) / (self.step - first)
+            self.case.meter.predicted[-1]["measured"] = {"step_seconds": seconds, "peak_bytes": peak_bytes()}
 
     def _advance(self) -> bool:
         """One step; False when the guard stopped the run."""
@@ -229,19 +261,21 @@ class _Run:
             return False
         self.step += 1
         if self.watched is not None and self.watched.due(self.step):
-            sentence = self.watched.check(self.step, self._snapshot)
+            sentence = self.watched.check(self.step, self._changing())
             if sentence is not None:
-                self._put_back(self.watched.kept)
+                self._put_back(self.watched.kept.read())
                 self.case.meter.note(sentence)
                 return False
         return True
 
-    def _step(self) -> None:
+    def _oracle(self) -> Oracle:
+        """What the combiner asks at this step, at this step's learning rate."""
         share = self.step / self.steps
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.plan.schedule.factor(share)
-        draws = Draws(self.case, self.roles, self.key, self.step, self.sizes, clock_of(self.plan.combine))
-        oracle = Oracle(
+        clock = clock_of(self.plan.combine)
+        draws = Draws(self.case, self.roles, self.key, self.step, self.sizes, clock, self.lengths)
+        return Oracle(
             self.case,
             self.roles,
             draws,
@@ -250,6 +284,9 @@ class _Run:
             progress=share,
             lr=self.optimizer.param_groups[0]["lr"],
         )
+
+    def _step(self) -> None:
+        oracle = self._oracle()
         with self._noise():
             grads, self.state = self.plan.combine.combine(oracle, self.state)
         for name, parameter in self.scope.parameters.items():
@@ -294,18 +331,18 @@ class _Run:
         if self.watched is None or self.watched.data is None:
             why = "this stage has no guard" if self.watched is None else "there was no data for the guard to watch"
             raise Diverged(f"{reason}; nothing was kept, because {why}")
-        self._put_back(self.watched.kept)
+        self._put_back(self.watched.kept.read())
         self.case.meter.note(
             f"stopped at step {self.step} of {self.steps}: {reason}; the state of step "
             f"{self.watched.kept_step} was kept"
         )
 
-    def _snapshot(self) -> dict[str, Tensor]:
-        """What this stage can change: parameters in scope, and buffers where normalisation is live."""
-        kept = {f"p/{name}": p.detach().clone() for name, p in self.scope.parameters.items()}
+    def _changing(self) -> dict[str, Tensor]:
+        """What this stage can change, itself, no copy: parameters in scope, and buffers where normalisation is live."""
+        found = {f"p/{name}": p.detach() for name, p in self.scope.parameters.items()}
         if self._live:
-            kept.update({f"b/{name}": b.detach().clone() for name, b in self.case.model.named_buffers()})
-        return kept
+            found.update({f"b/{name}": b.detach() for name, b in self.case.model.named_buffers()})
+        return found
 
     def _put_back(self, kept: Mapping[str, Tensor]) -> None:
         buffers = dict(self.case.model.named_buffers())
@@ -317,7 +354,7 @@ class _Run:
     def _checkpoint(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "weights": self._snapshot(),
+            "weights": self._changing(),
             "optimizer": self.optimizer.state_dict(),
             "combiner": self.state,
             "meter": self.case.meter.state(),
@@ -332,70 +369,3 @@ class _Run:
         self.case.meter.load(saved["meter"])
         if self.watched is not None:
             self.watched.load(saved["guard"])
-
-
-class _Watch:
-    """The guard at work: the probe, its bound, and the last state inside it."""
-
-    def __init__(self, guard: Guard, case: Case, key: Key, steps: int):
-        self.guard, self.case, self.key = guard, case, key.at("guard")
-        self.data = self._probe()
-        checks = guard.checks
-        even = [math.ceil((i + 1) * steps / checks) for i in range(checks)] if isinstance(checks, int) else checks
-        self.at = {step for step in even if step < steps} | {steps}
-        self.bound = math.inf
-        self.kept: dict[str, Tensor] = {}
-        self.kept_step, self.outside, self.start = 0, 0, math.nan
-
-    def _probe(self) -> Data | None:
-        data = self.case.request.retain or self.case.request.valid
-        if data is None:
-            self.case.meter.note("no retain or validation data was given: nothing could watch the loss of utility")
-            return None
-        order = torch.randperm(len(data), generator=self.key.at("probe").generator())
-        return data.select(order[: self.guard.probe].sort().values)
-
-    def begin(self, snapshot: dict[str, Tensor]) -> None:
-        if self.data is not None:
-            self.start = self._loss()
-            first = next(iter(self.data.batches(len(self.data))))
-            chance = self.case.task.chance(first)
-            self.bound = self.start + self.guard.rise * max(chance - self.start, 0.05 * abs(chance))
-            self.kept = snapshot
-
-    def due(self, step: int) -> bool:
-        return self.data is not None and step in self.at
-
-    def check(self, step: int, snapshot: Any) -> str | None:
-        """None inside the bound (the state is then kept); outside it, the sentence that says so."""
-        loss = self._loss()
-        if math.isfinite(loss) and loss <= self.bound:
-            state = snapshot()
-            if runtime.finite(state):  # a weight that these examples do not use may be broken all the same
-                self.kept, self.kept_step, self.outside = state, step, 0
-            return None
-        self.outside += 1
-        if self.outside < self.guard.patience and step < max(self.at) and math.isfinite(loss):
-            return None
-        return (
-            f"stopped at step {step} of {max(self.at)}: the retain loss rose from {self.start:.4g} to {loss:.4g}, above "
-            f"its bound {self.bound:.4g}; the state of step {self.kept_step} was kept"
-        )
-
-    def _loss(self) -> float:
-        assert self.data is not None
-        with self.case.meter.checking(), eval_mode(self.case.model), lent_stream(self.key):
-            return mean_loss(self.case, self.data, NLL(), min(256, len(self.data)), self.key)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "kept": self.kept,
-            "kept_step": self.kept_step,
-            "outside": self.outside,
-            "start": self.start,
-            "bound": self.bound,
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.kept, self.kept_step = state["kept"], state["kept_step"]
-        self.outside, self.start, self.bound = state["outside"], state["start"], state["bound"]

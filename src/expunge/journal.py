@@ -13,33 +13,34 @@ import copy
 import json
 import os
 import re
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from expunge.core import Case, Chain, Data, Key, Refused, Request, Stage, lent_stream
 from expunge.scope import Scope
+from expunge.stream import chunks
 
 
 class CannotWrite(OSError):
     """A file of the run could not be written; not to be taken for a failure to read the user's data."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, flushed to disk, then renamed over it."""
+def write_bytes(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a file, given whole or in pieces, whole or not at all: beside it, flushed to disk, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -52,16 +53,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 def sweep(folder: Path) -> None:
     """Remove what writes that were killed half-way left behind; such files are never read."""
     for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A nest of dicts, lists, numbers, strings and tensors -> a JSON-able nest and the tensors by number."""
+    """A nest of dicts, lists, numbers, strings and tensors -> a JSON-able nest and the tensors (not copied) by number."""
     tensors: dict[str, Tensor] = {}
 
     def go(value: Any) -> Any:
         if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.detach().contiguous().cpu().clone()
+            tensors[str(len(tensors))] = value.detach()
             return {"~tensor": str(len(tensors) - 1)}
         if isinstance(value, Mapping):
             return {"~dict": [[_plain(k), go(v)] for k, v in value.items()]}
@@ -94,9 +98,9 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write a nest as one safetensors file, whole or not at all."""
+    """Write a nest as one safetensors file, whole or not at all; no copy of its tensors is made."""
     plain, tensors = pack(tree)
-    write_bytes(path, save(tensors or {"empty": torch.zeros(1)}, metadata={"tree": json.dumps(plain)}))
+    write_bytes(path, chunks(tensors or {"empty": torch.zeros(1)}, {"tree": json.dumps(plain)}))
 
 
 def load_tree(path: Path) -> Any:
@@ -198,8 +202,9 @@ class Journal:
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished run."""
-        for path in (*self.folder.glob("inside-*.safetensors"), *self.folder.glob("boundary.safetensors")):
-            path.unlink()
+        for name in ("inside", "kept", "boundary"):
+            for path in self.folder.glob(f"{name}*.safetensors"):
+                path.unlink()
 
 
 def _flat(stages: Sequence[Stage]) -> list[Stage]:

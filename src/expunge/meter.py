@@ -23,6 +23,7 @@ class Meter:
         checks: rows forwarded to watch the run (guards, realised change), not to change the model.
         history: one mapping per step.
         notes: sentences that a person should read.
+        predicted: what each loop was expected to take, by ``predict``; None where nobody asked.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,7 @@ class Meter:
         self._since: float | None = None
         self.history: list[dict[str, float]] = []
         self.notes: list[str] = []
+        self.predicted: list[dict[str, Any]] | None = None
         self._graph_rows = 0
         self._checking = False
         self._watched: set[int] = set()
@@ -98,7 +100,7 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps (JSON)."""
-        names = ("forward", "backward", "checks", "history", "notes")
+        names = ("forward", "backward", "checks", "history", "notes", "predicted")
         return {**{name: getattr(self, name) for name in names}, "seconds": self._elapsed()}
 
     def load(self, state: Mapping[str, Any]) -> None:

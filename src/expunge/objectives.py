@@ -15,6 +15,8 @@ from torch import Tensor
 
 from expunge import runtime
 from expunge.core import Batch, Case, Key, Objective, Refused, require
+from expunge.tasks.causal_lm import IGNORED
+from expunge.tasks.classification import kl
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,18 @@ class SimNPO:
 class Distill:
     """Stay near a teacher: the task's divergence from the teacher to the model, per unit.
 
-    For classifiers and language models KL(teacher || model) at `temperature`, times its square (Hinton et al. 2015).
+    For classifiers and language models KL(teacher || model) at `temperature`, times its square (Hinton et al. 2015), or
+    KL(model || teacher) where `reverse`. A squared error is the same both ways.
 
     Args:
         teacher: name of the teacher in the Case.
         temperature: > 0.
+        reverse: from the model to the teacher.
     """
 
     teacher: str = "original"
     temperature: float = 1.0
+    reverse: bool = False
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, self, "temperature", "above 0")
@@ -157,7 +162,20 @@ class Distill:
             return {**batch, "teacher": case.task.outputs(model, batch)}
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
+        if self.reverse and hasattr(case.task, "logits"):
+            return self._reversed(case, batch) / case.task.units(batch)
         return case.task.divergence(case.model, batch, batch["teacher"], self.temperature) / case.task.units(batch)
+
+    def _reversed(self, case: Case, batch: Batch) -> Tensor:
+        """[b] KL(model || teacher), summed over units."""
+        task: Any = case.task
+        said, told = (
+            t if t.dtype == torch.float64 else t.float() for t in (task.logits(case.model, batch), batch["teacher"])
+        )
+        each = kl(told, said, self.temperature)
+        if each.ndim == 1:
+            return each
+        return torch.where(task.labels(batch) != IGNORED, each, torch.zeros_like(each)).sum(1)
 
     def weigh(self, case: Case, batch: Batch) -> Tensor:
         """Units per example."""

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from expunge.core import Refused, require
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], lr: float, patterns: Mapping[str, float]) -> list[dict[str, Any]]:
+def groups_of(parameters: Mapping[str, nn.Parameter], lr: float, patterns: Mapping[str, float]) -> list[dict[str, Any]]:
     """Parameter groups by name pattern -> learning rate; the first pattern that matches wins."""
     rates = {
         name: next((rate for pattern, rate in patterns.items() if fnmatch.fnmatchcase(name, pattern)), lr)
@@ -29,7 +29,7 @@ def _groups(parameters: Mapping[str, nn.Parameter], lr: float, patterns: Mapping
     ]
 
 
-def _check_eps(eps: float, parameters: Mapping[str, nn.Parameter]) -> None:
+def check_eps(eps: float, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse an eps that is 0 in the weights' own precision: Adam would divide by zero at its first step."""
     for name, p in parameters.items():
         if not float(torch.tensor(eps, dtype=p.dtype)) > 0:
@@ -52,7 +52,7 @@ class SGD:
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
         return torch.optim.SGD(
-            _groups(parameters, self.lr, self.groups),
+            groups_of(parameters, self.lr, self.groups),
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.nesterov,
@@ -71,9 +71,9 @@ class Adam:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
-        _check_eps(self.eps, parameters)
+        check_eps(self.eps, parameters)
         return torch.optim.Adam(
-            _groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            groups_of(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
 
 
@@ -89,9 +89,9 @@ class AdamW:
 
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
-        _check_eps(self.eps, parameters)
+        check_eps(self.eps, parameters)
         return torch.optim.AdamW(
-            _groups(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
+            groups_of(parameters, self.lr, self.groups), betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
 
 
@@ -135,7 +135,7 @@ class Sophia:
     def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over these named parameters."""
         settings = {"betas": self.betas, "curvature": self.rho * self.scale, "weight_decay": self.weight_decay}
-        return _Sophia(_groups(parameters, self.lr, self.groups), settings)
+        return _Sophia(groups_of(parameters, self.lr, self.groups), settings)
 
 
 class _Sophia(torch.optim.Optimizer):
@@ -164,7 +164,57 @@ def _sophia_step(parameter: nn.Parameter, state: dict[str, torch.Tensor], group:
     parameter.sub_((group["lr"] * m.sign() * ratio).to(parameter.dtype))
 
 
-Optimizer = SGD | Adam | AdamW | Sophia
+@dataclass(frozen=True)
+class Averaged:
+    """Any optimizer, and at its last step the mean of the weights after each of the last `count` steps.
+
+    Weight averaging, which arXiv:2502.05374 tries among its ways to a flatter place. The steps themselves are the inner
+    optimizer's. A run that a guard stops before its last step is not averaged.
+
+    Args:
+        inner: the optimizer that steps. steps: how many there will be, >= 1: at that one the mean is written.
+        count: how many of the last steps are averaged, 1 (nothing changes) to `steps`.
+    """
+
+    inner: Optimizer
+    steps: int
+    count: int
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, self, "steps", "at least 1")
+        require(1 <= self.count <= self.steps, self, "count", f"from 1 to the {self.steps} steps")
+
+    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer over these named parameters; the means are kept in its groups, and so in checkpoints."""
+        optimizer = self.inner.build(parameters)
+        for group in optimizer.param_groups:
+            group.update(taken=0, means=[])
+        optimizer.register_step_post_hook(self._after)
+        return optimizer
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _settings: Any) -> None:
+        for group in optimizer.param_groups:
+            group["taken"] += 1
+            number = group["taken"] - (self.steps - self.count)
+            if not 1 <= number <= self.count:
+                continue
+            wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in group["params"]]
+            if number == 1:
+                group["means"] = [value.clone() for value in wide]
+            for mean, value in zip(group["means"], wide, strict=True):
+                mean.add_(value - mean, alpha=1 / number)
+            if number == self.count:
+                for parameter, mean in zip(group["params"], group["means"], strict=True):
+                    parameter.copy_(mean)
+                group["means"] = []
+
+
+class Optimizer(Protocol):
+    """Printable settings of an optimizer: one of this module, ``lean.DCTAdamW``, or a user's own frozen dataclass."""
+
+    def build(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer over these named parameters."""
 
 
 @dataclass(frozen=True)

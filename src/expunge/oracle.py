@@ -49,13 +49,16 @@ class On:
     objective: Objective
 
 
-def positions(key: Key, size: int, batch: int, index: int) -> Tensor:
-    """Batch number `index` of an endless stream of shuffles of 0 .. size-1: a pure function, so feeds have no state."""
+def positions(key: Key, size: int, batch: int, index: int, lengths: Tensor | None = None) -> Tensor:
+    """Batch number `index` of an endless stream of shuffles of 0 .. size-1: a pure function, so feeds have no state.
+
+    With `lengths` [size] each epoch is cut into batches of like length, which come in a drawn order.
+    """
     batch = min(batch, size)
     start, stop = index * batch, (index + 1) * batch
     parts = []
     for epoch in range(start // size, (stop - 1) // size + 1):
-        order = _shuffle(key, size, epoch)
+        order = _shuffle(key, size, epoch) if lengths is None else _buckets(key, lengths, batch, epoch)
         parts.append(order[max(0, start - epoch * size) : min(size, stop - epoch * size)])
     return torch.cat(parts)
 
@@ -64,6 +67,24 @@ def positions(key: Key, size: int, batch: int, index: int) -> Tensor:
 def _shuffle(key: Key, size: int, epoch: int) -> Tensor:
     """Kept for the steps of an epoch, or each would shuffle all of the data again; never written to."""
     return torch.randperm(size, generator=key.at("epoch", epoch).generator())
+
+
+def _buckets(key: Key, lengths: Tensor, batch: int, epoch: int) -> Tensor:
+    """0 .. size-1, sorted by length and cut where the batches of the stream begin, the cuts in a drawn order.
+
+    An epoch begins and ends inside a batch unless `batch` divides its size: which lengths these parts have is drawn too,
+    and which examples of one length stand together.
+    """
+    size = len(lengths)
+    shuffled = _shuffle(key, size, epoch)
+    ranked = shuffled[torch.argsort(lengths[shuffled], stable=True)]
+    head = -epoch * size % batch
+    whole, tail = divmod(size - head, batch)
+    sizes = [head, *[batch] * whole, tail]
+    order = torch.randperm(len(sizes), generator=key.at("buckets", epoch).generator()).tolist()
+    cut = dict(zip(order, ranked.split([sizes[part] for part in order]), strict=True))
+    middle = torch.randperm(whole, generator=key.at("batches", epoch).generator()).tolist()
+    return torch.cat([cut[0], *(cut[1 + part] for part in middle), cut[whole + 1]])
 
 
 class Draws:
@@ -80,7 +101,9 @@ class Draws:
         step: int,
         sizes: Mapping[str, int],
         clock: Callable[[str, int], int],
+        lengths: Mapping[str, Tensor] | None = None,
     ):
+        self.lengths = lengths or {}
         self.case, self.roles, self.key, self.step, self.sizes, self.clock = case, roles, key, step, sizes, clock
         self._prepared: dict[tuple[str, int, int], Batch] = {}
         self._drawn: dict[str, Batch] = {}
@@ -102,7 +125,7 @@ class Draws:
         index, size = self.clock(role, self.step), self.sizes[role]
         if (source, index, size) not in self._prepared:
             data = self.case.request.data(source)
-            chosen = positions(self.key.at("order", source), len(data), size, index)
+            chosen = positions(self.key.at("order", source), len(data), size, index, self.lengths.get(source))
             batch = runtime.to_device(data.batch(chosen), runtime.device_of(self.case.model))
             self._prepared[source, index, size] = self.case.task.prepare(batch, self.key.at("prepare", source, index))
         return self._prepared[source, index, size]
@@ -268,13 +291,13 @@ class Oracle:
         """sum_k H_k vectors[k], by differentiating twice. Needs the math attention kernel, which it selects."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        names = list(self.parameters)
+        names, curved = list(self.parameters), False
         if any(runtime.sharded(p) for p in self.parameters.values()):
             raise RunFailed(
                 "second derivatives of sharded parameters are not available: run data parallel, or take a difference "
                 "of gradients with oracle.at(shift)"
             )
-        with self._shifted(), sdpa_kernel(SDPBackend.MATH):
+        with self._only(self.parameters), self._shifted(), sdpa_kernel(SDPBackend.MATH):
             for role, vector in vectors.items():
                 total = 0.0
                 for loss in self._pieces(role):
@@ -289,10 +312,14 @@ class Oracle:
                         ),
                         start=torch.zeros((), device=loss.device),
                     )
-                    inner.backward()
+                    if inner.requires_grad:  # a loss that is linear in every weight has no curvature
+                        inner.backward()
+                        curved = True
                     self.case.meter.differentiated(2)
                     total += float(loss.detach().double())
                 self.losses.known[role] = self._finish(role, total)
+        if not curved:
+            return {}
         return self.case.scope.cut(runtime.gradient(self.parameters), self.case.model)
 
     def _pieces(self, role: str) -> Iterator[Tensor]:
@@ -307,14 +334,25 @@ class Oracle:
         whole = float(weight.sum())
         if whole <= 0:
             raise RunFailed(f"the weights of role {role!r} sum to {whole:g}: expected at least one positive weight")
+        order = self._order(batch)
         for index, real in runtime.pieces(rows_of(batch), self.accumulate):
-            index, real = index.to(weight.device), real.to(weight.device)
+            index, real = order[index].to(weight.device), real.to(weight.device)
             entire = len(index) == len(weight) and self.accumulate == 1 and runtime.world() == 1
             part = batch if entire else take(batch, index)
             self.case.meter.forget_graph()
             values = per_example(self.case, objective, part)
             share = (weight[index] * real / whole).to(values.dtype)
             yield (values * share).sum()
+
+    def _order(self, batch: Batch) -> Tensor:
+        """Rows in the order in which they are cut into pieces: by length, so that a short piece is not padded to a long.
+
+        The sum over pieces is the same up to rounding, whatever the order.
+        """
+        lengths = getattr(self.case.task, "lengths", None)
+        if lengths is None or (self.accumulate == 1 and runtime.world() == 1):
+            return torch.arange(rows_of(batch))
+        return torch.argsort(lengths(batch).cpu(), stable=True)
 
     def _finish(self, role: str, value: float) -> float:
         value = float(runtime.all_sum(torch.tensor([value], dtype=torch.float64))) if runtime.world() > 1 else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy as copying
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,29 +10,44 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from expunge.core import Refused, Request
+from expunge.checkpointing import with_checkpointing
+from expunge.core import Key, Refused, Request, Stage
 from expunge.data.builtin import Recipe, fresh
 from expunge.references import References, references
 from expunge.registry import asked_for
-from expunge.run import RECORD, REFERENCES, WEIGHTS, Outcome, check_folder, check_model, unlearn, writing
-from expunge.spec import AuditSection, RunSpec
+from expunge.run import (
+    ALTERNATES,
+    RECORD,
+    REFERENCES,
+    WEIGHTS,
+    Outcome,
+    bounds,
+    check_folder,
+    check_model,
+    unlearn,
+    writing,
+)
+from expunge.sections import AuditSection
+from expunge.spec import RunSpec
 from expunge.store import Store
 from expunge.trainer import Train
 from expunge.watch import Watch
-from expunge.weights import load_weights
-from expunge.workload import Workload, function, load, request_of
+from expunge.workload import Workload, function, load, requested
 
 if TYPE_CHECKING:
     from expunge.audit import Report, Subject
+    from expunge.audit.chat import Exchange
+    from expunge.texts import Language
 
 
 @dataclass(frozen=True)
 class Performed:
-    """What a run left: the outcome, the report where references were asked for, and the folder."""
+    """What a run left: the outcome, the report where references were asked for, the folder, and sentences to read."""
 
     outcome: Outcome
     report: Report | None
     folder: Path | None
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """JSON for the command line: the record without its per-step history, and the report."""
@@ -42,6 +56,7 @@ class Performed:
             "record": record,
             "report": None if self.report is None else self.report.to_json(),
             "out": None if self.folder is None else str(self.folder),
+            "notes": list(self.notes),
         }
 
 
@@ -51,28 +66,64 @@ def perform(spec: RunSpec) -> Performed:
     Raises:
         Refused: for bad input. RunFailed: for a run that could not finish.
     """
-    stage = spec.method.stage()
+    stage = spec.run.adapted(spec.method.stage(), merge=not spec.model.four_bit)
+    stage = with_checkpointing(stage) if spec.model.checkpointing else stage
     workload = load(spec)
-    request = request_of(workload, *spec.request.chosen())
+    request = requested(spec, workload)
     check_makeable(spec.audit, workload)
     if spec.out is not None:
         check_folder(spec.out)
+    given, copy, notes = request, True, list[str]()
+    if workload.language is not None:
+        given, notes = with_alternates(spec, workload.language, request, stage)
+        stage, copy, more = prepared(spec, workload.language, given, stage)
+        notes += more
     model = workload.trained(spec.run.seed)
     outcome = unlearn(
         model,
-        request,
+        given,
         task=workload.task,
         method=stage,
         seed=spec.run.seed,
         out=spec.out,
+        copy=copy,
         scope=spec.run.scope,
         every=spec.run.every,
         watch=_watch(spec, workload),
     )
+    if workload.language is not None and spec.out is not None and not spec.model.four_bit:
+        workload.language.save(outcome.model, spec.out, spec.out / WEIGHTS)
     report = None
-    if spec.audit.wanted and spec.out is not None:
-        report = judged(spec, workload, request, model, outcome.model, spec.out, outcome.record)
-    return Performed(outcome, report, spec.out)
+    if (spec.audit.wanted or workload.language is not None) and spec.out is not None:
+        before = model if copy else workload.trained(spec.run.seed)
+        report = judged(spec, workload, request, before, outcome.model, spec.out, outcome.record)
+    return Performed(outcome, report, spec.out, tuple(notes))
+
+
+def with_alternates(spec: RunSpec, language: Language, request: Request, stage: Stage) -> tuple[Request, list[str]]:
+    """The request with other answers to give, for a method that learns them: from a file, or written by the model itself.
+
+    What the model writes is kept in the run's folder and read back by the same command.
+    """
+    if not any("column:win" in bound.spec.needs for bound in bounds(stage)):
+        if spec.data.alternates is not None:
+            raise Refused(f"method {spec.method.name} learns no alternate answers: remove [data] alternates")
+        return request, []
+    own = None if spec.out is None else spec.out / ALTERNATES
+    encoded = language.alternates(spec.data.alternates, own, Key(spec.run.seed))
+    return replace(request, forget=encoded.data), list(encoded.notes)
+
+
+def prepared(spec: RunSpec, language: Language, request: Request, stage: Stage) -> tuple[Stage, bool, list[str]]:
+    """A stage that needs no second copy of the model where that can be; whether one is held; and sentences to read."""
+    from expunge.single import lean
+    from expunge.texts import about_rate
+
+    notes = [*language.notes, *about_rate(spec, language.found.model)]
+    try:
+        return lean(stage, request, language.task), False, notes
+    except Refused as error:
+        return stage, True, [*notes, f"a second copy of the model is held: {error}"]
 
 
 def _watch(spec: RunSpec, workload: Workload) -> Watch | None:
@@ -93,7 +144,7 @@ def check_makeable(section: AuditSection, workload: Workload) -> None:
             "it, or give [audit] train with the function that trains, or weights with retrained models"
         )
     for path in section.weights:
-        if not Path(path).is_file():
+        if not (Path(path).is_file() or workload.language is not None):
             raise Refused(f"there is no weights file {path} of a retrained model")
 
 
@@ -110,7 +161,7 @@ def judged(
     """Audit against the references that the run file asks for, and write the report into the folder."""
     from expunge.audit import audit
 
-    files = tuple(load_weights(_blank(workload, before), path).eval() for path in spec.audit.weights)
+    files = tuple(workload.read(before, path) for path in spec.audit.weights)
     found = trained_references(spec, workload, request, before, reference_folder(spec, folder))
     subject = found.subject(
         before,
@@ -125,9 +176,41 @@ def judged(
     if not spec.audit.trust:
         _check_references(subject)
     report = audit(subject, also=also, trust_references=spec.audit.trust)
+    if workload.language is not None:
+        notes = (*report.notes, *_about_answers(report))
+        report = replace(report, exchanges=_answers(workload.language, subject), notes=notes)
     with writing(folder):
         report.save(folder)
     return report
+
+
+def _answers(language: Language, subject: Subject) -> tuple[Exchange, ...]:
+    """A few questions, put to the model before, after, and one retrained."""
+    from expunge.texts import exchanges
+
+    models = {"original": subject.before, "unlearned": subject.after}
+    models |= {"retrained": subject.retrained[0]} if subject.retrained else {}
+    opened = {name: subject.opened(model) for name, model in models.items()}
+    return exchanges(language.asked(), opened, language.found.tokenizer)
+
+
+def _about_answers(report: Report) -> list[str]:
+    """A sentence where the model's own answers are of another kind than those of retrained models."""
+    from expunge.audit.words import title
+
+    found = {row.name: row.readings for row in report.rows}
+    said = []
+    for name in ("lm_repetition", "lm_fluency"):
+        own, other = (found.get(row, {}).get(name) for row in ("unlearned", "retrain"))
+        if own is not None and other is not None and own.verdict == "outside":
+            said.append(
+                f"{title(name).lower()}, is {own.value:.3g} {own.unit} and {other.value:.3g} of retrained models"
+            )
+    if not said:
+        return []
+    return [
+        f"its own answers are unlike those of retrained models: {'; '.join(said)}. The verdict does not judge that: read them"
+    ]
 
 
 def _check_references(subject: Subject) -> None:
@@ -191,7 +274,7 @@ def train_references(spec: RunSpec) -> tuple[References, list[dict[str, Any]]]:
     if not section.trained:
         raise Refused("nothing to train: give --retrained 3, --originals or --shadows, or the same in [audit]")
     workload = load(spec)
-    request = request_of(workload, *spec.request.chosen())
+    request = requested(spec, workload)
     check_makeable(section, workload)
     like = workload.trained(spec.run.seed) if workload.make is None else fresh(workload.make, 0)
     found = trained_references(spec, workload, request, like, reference_folder(spec, Path("out")))
@@ -214,10 +297,6 @@ def summary(found: References, workload: Workload, request: Request) -> list[dic
             row[f"{name} {'accuracy' if right else 'loss'}"] = sum(values) / len(values)
         rows.append(row)
     return rows
-
-
-def _blank(workload: Workload, like: nn.Module) -> nn.Module:
-    return copying.deepcopy(like) if workload.make is None else fresh(workload.make, 0)
 
 
 def audit_files(
@@ -244,15 +323,15 @@ def audit_files(
     )
     spec = spec.model_copy(update={"audit": section})
     workload = load(spec)
-    request = request_of(workload, *spec.request.chosen())
+    request = requested(spec, workload)
     check_makeable(section, workload)
     path = after or (None if spec.out is None else str(spec.out / WEIGHTS))
-    if path is None or not Path(path).is_file():
+    if path is None or not (Path(path).is_file() or (workload.language is not None and Path(path).is_dir())):
         where = "" if path is None else f" at {path}"
         raise Refused(f"there are no weights to audit{where}: run the run file first, or give --after")
     original = workload.trained(spec.run.seed)
-    first = original if before is None else load_weights(_blank(workload, original), before).eval()
-    second = load_weights(_blank(workload, original), path).eval()
+    first = original if before is None else workload.read(original, before)
+    second = workload.read(original, path)
     for model in (first, second):
         check_model(model, request, workload.task)
     record = None if after is not None else _record_of(spec)

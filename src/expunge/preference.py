@@ -11,7 +11,7 @@ from torch import Tensor
 from expunge.core import Batch, Case, Key, Refused, require
 from expunge.objectives import RandomLabel, with_reference
 
-OWN = ("reference", "teacher", "win", "win_reference")
+OWN = ("reference", "teacher", "win", "win_reference", "refusal_references")
 """Columns that belong to the answer of the example itself, or to the pair: never to the other answer."""
 
 
@@ -25,8 +25,9 @@ class DPO:
     step the loss is (2/beta) log 2. Only the difference of the two answers is judged: it does not promise that the
     winning answer becomes likely, both may fall. Sums, so the longer answer of a pair outweighs the shorter.
 
-    S_ref is read from the columns ``reference`` (of the forget answer) and ``win_reference`` (of ``win``), each from the
-    teacher where there is no such column; a drawn answer has no column, so it needs the teacher.
+    S_ref is read from the columns ``reference`` (of the forget answer) and ``win_reference`` (of ``win``), or, where the
+    task draws from a list of refusals, ``refusal_references`` [b, r] (of each of them); each from the teacher where there
+    is no such column. An answer drawn without a list has no column, so it needs the teacher.
 
     Rafailov et al. 2023 (arXiv:2305.18290) without the factor 2, which arXiv:2404.05868 and the benchmarks' code have.
 
@@ -59,7 +60,8 @@ class DPO:
                     "the data have a column 'win_reference' and no column 'win': a reference belongs to one answer; "
                     "give both, or leave it out and the original model is asked about the answer drawn"
                 )
-            return RandomLabel().draw(case, plain, rng)
+            win = RandomLabel().draw(case, plain, rng)
+            return {**win, **_of_refusal(batch, win)}
         given = batch["win"]
         if not isinstance(given, Mapping):
             raise Refused(
@@ -79,3 +81,16 @@ class DPO:
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         win, lose = (part["reference"] - case.task.nll(case.model, part) for part in (batch["win"], batch))
         return -2.0 / self.beta * F.logsigmoid(self.beta * (win - lose))
+
+
+def _of_refusal(batch: Batch, win: Batch) -> Batch:
+    """The cached reference of the refusal that was drawn, as a column; nothing where there is none."""
+    if "refusal_references" not in batch or "refusal" not in win:
+        return {}
+    cached, drawn = batch["refusal_references"], win["refusal"].to(batch["refusal_references"].device)
+    if int(drawn.max()) >= cached.shape[1]:
+        raise Refused(
+            f"the column 'refusal_references' is for {cached.shape[1]} refusals and number {int(drawn.max()) + 1} was "
+            f"drawn: it belongs to another list; cache it anew"
+        )
+    return {"reference": cached.gather(1, drawn[:, None]).squeeze(1)}

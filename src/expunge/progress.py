@@ -12,6 +12,14 @@ enabled: ContextVar[bool] = ContextVar("progress_enabled", default=True)
 PATIENCE = 2.0
 
 
+def say(sentence: str) -> None:
+    """A line for whoever sits at the terminal; nothing on a log file or in a pipe."""
+    if enabled.get() and sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print(sentence)
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of things done; shows a bar with an estimate once two seconds have gone."""

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
+
 from expunge.core import Case, MissingExtra, Refused, Request, Stage
 
+FIRST = torch.zeros(1, dtype=torch.int64)  # the place of an example to look at
 FEW, NEAREST = 20, 8  # names that a sentence can hold, and how many of more it gives
 ALL = ("classification", "regression", "causal_lm", "diffusion")
 
@@ -196,11 +199,19 @@ def check_needs(bound: Bound, request: Request, teachers: Mapping[str, Any], pro
         kinds = need.split("|")
         if any(kind in have or getattr(request, kind, None) is not None for kind in kinds):
             continue
+        named = [kind.removeprefix("column:") for kind in kinds if kind.startswith("column:")]
+        if named and request.forget is not None and any(name in request.forget.batch(FIRST) for name in named):
+            continue  # the data have it from their source, not by annotation
         if kinds[0].startswith("teacher:"):
             cached = "".join(f", or cache the column {kind.removeprefix('column:')!r} first" for kind in kinds[1:])
             raise Refused(
                 f"method {bound.name} needs the original model as a teacher, and copy=False leaves none: use "
                 f"copy=True, or run it in an adapter{cached}"
+            )
+        if named:
+            raise Refused(
+                f"method {bound.name} needs forget data with the column {named[0]!r}, and these have none: what it "
+                f"is, and how it is made, stands in 'expunge explain {bound.name}'"
             )
         raise Refused(f"method {bound.name} needs {need} data and the request has none")
 
@@ -304,7 +315,7 @@ def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
 
 _PARTS = {
     "objectives": (("objectives", "token_objectives", "preference", "confidence"), "__call__"),
-    "combiners": (("combine", "implicit", "compose", "constrained"), "combine"),
+    "combiners": (("combine", "implicit", "compose", "constrained", "smooth", "salient_rows"), "combine"),
 }
 
 

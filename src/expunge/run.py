@@ -30,6 +30,7 @@ from expunge.weights import hash_tensors, load_weights, read_tensors, save_weigh
 
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
 REFERENCES = "references"  # folder of a run, which may be there before the run is
+ALTERNATES = "alternates.jsonl"  # answers that a model wrote to replace those it is to forget: before the run, too
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def unlearn(
     every: float = 20.0,
     shard: Callable[[nn.Module], nn.Module] | None = None,
     watch: Watch | None = None,
+    predict: bool = False,
 ) -> Outcome:
     """Make a trained model forget.
 
@@ -87,6 +89,9 @@ def unlearn(
             like): a sharded model cannot be copied, so the copy comes first. Every process makes the same call; the first
             one writes, and no checkpoint is kept inside the run.
         watch: measure the model along the run, for the record; the result does not change by a bit.
+        predict: say before each loop of steps what peak memory and time it will take, on a terminal and in the record
+            (``cost.predicted``, beside what was measured). It costs two gradients of the first step, counted as checks;
+            the result does not change by a bit.
 
     Raises:
         Refused: for bad input or unmet needs, before any work.
@@ -113,6 +118,8 @@ def unlearn(
         return _finished(folder, copying.deepcopy(model) if copy else model, shard, stage)
     work = copying.deepcopy(model) if copy else model
     work = work if shard is None else runtime.reshard(shard(work))
+    meter = Meter()
+    meter.predicted = [] if predict else None
     case = Case(
         work,
         request,
@@ -120,7 +127,7 @@ def unlearn(
         chosen,
         teachers,
         Key(seed),
-        Meter(),
+        meter,
         Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None,
         probes,
     )
@@ -199,7 +206,7 @@ def check_stage(stage: Stage, request: Request, teachers: Mapping[str, Any]) -> 
 
 def check_request(request: Request, task: Task) -> None:
     """Refuse an empty or overlapping request, and data that the task cannot use."""
-    if request.forget is None and not request.concepts:
+    if request.forget is None and not request.concepts and not request.extra:  # safe_grad has only data to learn
         raise Refused("the request names nothing to forget: give forget data (expunge.split) or concepts")
     disjoint(request)
     for name in ("forget", "retain", "valid", *request.extra):
@@ -234,6 +241,11 @@ def check_model(model: nn.Module, request: Request, task: Task) -> None:
     if loss.shape != (len(batch["id"]),):
         raise Refused(
             f"task {task.name} gives a loss of shape {tuple(loss.shape)} for {len(batch['id'])} examples: expected one each"
+        )
+    if bool(torch.isnan(loss).any()):
+        raise Refused(
+            "the model gives losses that are not numbers before anything was changed: look at the data, or load it in "
+            "float32 if it is in half precision"
         )
 
 
@@ -325,7 +337,7 @@ def check_folder(folder: Path, needed: int = 1 << 20) -> Path:
             f"some, or give another out folder"
         )
     if not (folder / "run.json").exists():
-        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name != REFERENCES)
+        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in (REFERENCES, ALTERNATES))
         if strangers:
             raise Refused(
                 f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder"
@@ -427,7 +439,12 @@ def _record(
         "promise": found.spec.promise if found is not None else None,
         "examples": sizes,
         "result": hash_tensors(tensors_of(case.model)),
-        "cost": {"seconds": meter.seconds, **_rows(meter), "peak_bytes": peak_bytes()},
+        "cost": {
+            "seconds": meter.seconds,
+            **_rows(meter),
+            "peak_bytes": peak_bytes(),
+            **({} if meter.predicted is None else {"predicted": list(meter.predicted)}),
+        },
         "machine": {
             "python": platform.python_version(),
             "torch": torch.__version__,

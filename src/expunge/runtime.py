@@ -48,16 +48,29 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> nn.Module:
-    """Have sharded modules free their gathered weights after every forward pass, the outermost one too.
+    """Have sharded modules free their gathered weights after every look, those that keep them for a backward pass too.
 
-    FSDP2 leaves the outermost gathered until a backward pass; after a look without gradient the model would then show
-    plain tensors instead of shards, and the next forward pass would not see what was written to the shards.
+    FSDP2 leaves the outermost gathered until a backward pass, and with ``reshard_after_forward=False`` all of them (what
+    DeepSpeed calls ZeRO-2); after a look without gradient the model would then show plain tensors instead of shards, and
+    the next forward pass would not see what was written to the shards.
     """
+    if any(hasattr(module, "set_reshard_after_forward") for module in model.modules()):
+        if _let_go not in model._forward_hooks.values():
+            model.register_forward_hook(_let_go, always_call=True)
+        _free(model)
+    return model
+
+
+def _let_go(model: nn.Module, _args: Any, _output: Any) -> None:
+    """A forward hook: no backward pass will follow a look without gradient."""
+    if not torch.is_grad_enabled():
+        _free(model)
+
+
+def _free(model: nn.Module) -> None:
     shards: list[Any] = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
     for module in shards:
-        module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
-    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -6,6 +6,8 @@
     # train = "train.csv"                 # a folder of images, a CSV or Parquet table, .npz or .safetensors
     # test = "test.csv"
     # label = "income"
+    # task = "causal-lm"                  # a language model: [model] weights is its folder or hub id, and [request]
+                                          # forget_file, retain_file and test_file are JSON lines of texts
 
     [model]
     # weights = "before.safetensors"
@@ -39,145 +41,45 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from expunge.core import Refused, Stage
-from expunge.data.indices import read_indices
-from expunge.registry import did_you_mean, find, methods, parts
+from expunge.core import Refused
+from expunge.registry import did_you_mean, methods
 from expunge.run import WEIGHTS
+from expunge.sections import (
+    LANGUAGE,
+    AuditSection,
+    DataSection,
+    MethodSection,
+    ModelSection,
+    RequestSection,
+    RunSection,
+    Section,
+)
 
-WholeNumber = Annotated[int, Field(ge=0)]
 PATHS = (
     ("data", "train"),
     ("data", "test"),
     ("data", "valid"),
     ("data", "python"),
+    ("data", "refusals"),
+    ("data", "alternates"),
     ("model", "weights"),
+    ("model", "tokenizer"),
     ("model", "python"),
     ("request", "forget_file"),
     ("request", "retain_file"),
     ("request", "test_file"),
     ("audit", "weights"),
     ("audit", "train"),
+    ("audit", "base"),
 )
-
-
-class Section(BaseModel):
-    """A section whose keys are all known."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class DataSection(Section):
-    """Where examples come from."""
-
-    suite: str | None = None
-    python: str | None = None
-    train: str | None = None
-    test: str | None = None
-    valid: str | None = None
-    label: str | None = None
-    task: Literal["classification", "regression"] = "classification"
-    classes: Annotated[int, Field(ge=2)] | None = None
-    categories: Literal["onehot", "integer"] = "onehot"
-    ids: str | None = None
-    drop: list[str] = Field(default_factory=list)
-
-
-class ModelSection(Section):
-    """The trained model, where `data` does not bring it."""
-
-    weights: str | None = None
-    python: str | None = None
-
-
-class RequestSection(Section):
-    """What to forget: a condition or ids; and what to keep, if not all the rest. Ids may stand in files."""
-
-    forget: str | list[int] | None = None
-    retain: list[int] | None = None
-    forget_file: str | None = None
-    retain_file: str | None = None
-    test_file: str | None = None
-
-    def chosen(self) -> tuple[str | list[int], list[int] | None]:
-        """What to forget, and what to keep, with the files read.
-
-        Raises:
-            Refused: for a file that is no list of ids.
-        """
-        forget = self.forget if self.forget_file is None else read_indices(self.forget_file)
-        if forget is None:
-            raise Refused("the request says nothing to forget: give [request] forget or forget_file")
-        return forget, self.retain if self.retain_file is None else read_indices(self.retain_file)
-
-    def held_out(self) -> list[int] | None:
-        """Ids of the rows that no model was trained on, where a file names them."""
-        return None if self.test_file is None else read_indices(self.test_file)
-
-
-class MethodSection(BaseModel):
-    """A registered method and its settings."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def given(self) -> bool:
-        """Whether there is a method: an audit needs none."""
-        return bool(self.name)
-
-    def stage(self) -> Stage:
-        """The method with its settings, each of them checked."""
-        method = find("method", self.name, methods())
-        return method.build(**{name: _part(name, value) for name, value in (self.model_extra or {}).items()})
-
-
-class RunSection(Section):
-    """Where results go, and what makes the run repeatable."""
-
-    out: str | None = None
-    seed: WholeNumber = 0
-    scope: list[str] | None = None
-    every: Annotated[float, Field(ge=0)] = 20.0
-    watch: WholeNumber = 0
-    watch_examples: Annotated[int, Field(ge=1)] = 512
-
-
-class AuditSection(Section):
-    """References to compare with: models retrained without the forget set, and others; see ``expunge.references``.
-
-    Without `train`, the model that the data bring is trained by a recipe: `epochs`, `lr` and `batch`. `folder` is where
-    the models are kept (references in the run's folder by default), to be shared between runs. `trust` takes retrained
-    models as they are; otherwise those that look trained on the forget data are refused.
-    """
-
-    retrained: WholeNumber = 0
-    originals: WholeNumber = 0
-    shadows: WholeNumber = 0
-    unlearn: bool = False
-    weights: list[str] = Field(default_factory=list)
-    trust: bool = False
-    train: str | None = None
-    recipe: str = ""
-    folder: str | None = None
-    workers: Annotated[int, Field(ge=1)] = 1
-    ray: str | None = None
-    epochs: Annotated[float, Field(gt=0)] = 20
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    batch: Annotated[int, Field(ge=1)] = 64
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there is anything to compare with."""
-        return bool(self.weights) or self.trained
-
-    @property
-    def trained(self) -> bool:
-        """Whether there is anything to train."""
-        return bool(self.retrained or self.originals or self.shadows)
+TEXTS = {"template", "length", "refusals", "alternates"}
+"""Keys of [data] that belong to a language model alone."""
+HUB = (("model", "weights"), ("model", "tokenizer"), ("audit", "weights"), ("audit", "base"))
+"""Keys that may name a model on a hub in place of a path, for a language model."""
 
 
 class RunSpec(Section):
@@ -225,13 +127,59 @@ class RunSpec(Section):
         return spec
 
     @property
+    def language(self) -> bool:
+        """Whether the run is about a language model and texts."""
+        return self.data.task == LANGUAGE
+
+    @property
     def out(self) -> Path | None:
         """The output folder."""
         return None if self.run.out is None else Path(self.run.out)
 
     def _consistent(self, source: str) -> None:
         """Refuse keys that exclude or need each other."""
-        data, model = self.data, self.model
+        if self.language:
+            self._texts(source)
+        else:
+            self._rows(source)
+        self._rest(source)
+
+    def _texts(self, source: str) -> None:
+        """Refuse keys that a run on a language model lacks or cannot use."""
+        data, model, request = self.data, self.model, self.request
+        odd = sorted(data.model_fields_set - TEXTS - {"task"})
+        if odd:
+            raise Refused(f"{source}: [data] {odd[0]} does not belong to task {LANGUAGE!r}; remove it")
+        if model.weights is None or model.python is not None:
+            raise Refused(
+                f"{source}: task {LANGUAGE!r} needs [model] weights (--model), the folder or hub id of a language model, "
+                f"and nothing else that builds one"
+            )
+        if request.forget_file is None or request.forget is not None or request.retain is not None:
+            raise Refused(
+                f"{source}: task {LANGUAGE!r} needs [request] forget_file (--forget), JSON lines of the texts to forget; "
+                f"retain_file and test_file are such files too, and forget and retain are not used"
+            )
+        if model.four_bit and self.run.adapter is None:
+            raise Refused(f'{source}: a 4-bit model cannot be trained itself: give [run] adapter = "lora" (--adapter)')
+        if self.audit.base is None and self.audit.train is None and self.audit.trained:
+            raise Refused(
+                f"{source}: references of a language model are fine-tuned from the model before it: give [audit] base, or "
+                f"weights with the folders of retrained models"
+            )
+
+    def _rows(self, source: str) -> None:
+        """Refuse keys of data and model that exclude or need each other."""
+        data, model, request = self.data, self.model, self.request
+        texts = sorted(
+            [f"[data] {name}" for name in data.model_fields_set & TEXTS]
+            + [f"[model] {name}" for name in model.model_fields_set - {"weights", "python"}]
+            + (["[audit] base"] if self.audit.base is not None else [])
+        )
+        if texts:
+            raise Refused(
+                f'{source}: {texts[0]} belongs to a language model: give [data] task = "{LANGUAGE}", or remove it'
+            )
         given = [name for name in ("suite", "python", "train") if getattr(data, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
@@ -255,16 +203,19 @@ class RunSpec(Section):
             raise Refused(
                 f"{source}: [model] python belongs to data from files; [data] {given[0]} brings the architecture"
             )
-        request = self.request
-        for one, other in (("forget", "forget_file"), ("retain", "retain_file")):
-            if getattr(request, one) is not None and getattr(request, other) is not None:
-                raise Refused(f"{source}: [request] {one} and {other} say the same thing twice; remove one")
         if request.forget is None and request.forget_file is None:
             raise Refused(f"{source}: [request] needs the key 'forget', or forget_file with ids")
         if request.test_file is not None and data.test is not None:
             raise Refused(
                 f"{source}: [request] test_file takes test rows out of the training data, and [data] test names others"
             )
+
+    def _rest(self, source: str) -> None:
+        """Refuse keys of the request, the references and the run that exclude or need each other."""
+        model, request = self.model, self.request
+        for one, other in (("forget", "forget_file"), ("retain", "retain_file")):
+            if getattr(request, one) is not None and getattr(request, other) is not None:
+                raise Refused(f"{source}: [request] {one} and {other} say the same thing twice; remove one")
         if self.audit.unlearn and not self.method.given:
             raise Refused(f"{source}: [audit] unlearn applies the method, and there is no section 'method'")
         recipe = sorted(self.audit.model_fields_set & {"epochs", "lr", "batch"})
@@ -335,16 +286,20 @@ def _keys(kind: type[Any], path: Sequence[str]) -> list[str]:
 
 
 def _resolve(document: dict[str, Any], folder: Path) -> None:
-    """Paths of a run file are relative to the run file."""
+    """Paths of a run file are relative to the run file; what may name a model on a hub is one where there is no such path."""
+    data = document.get("data")
+    language = isinstance(data, dict) and data.get("task") == LANGUAGE
+
+    def placed(value: Any, hub: bool) -> Any:
+        if not isinstance(value, str) or (hub and not (folder / value).exists()):
+            return value
+        return str(folder / value)
+
     for section, key in PATHS:
         part = document.get(section)
-        if not isinstance(part, dict) or key not in part:
-            continue
-        value = part[key]
-        if isinstance(value, str):
-            part[key] = str(folder / value)
-        elif isinstance(value, list):
-            part[key] = [str(folder / item) if isinstance(item, str) else item for item in value]
+        if isinstance(part, dict) and key in part:
+            value, hub = part[key], language and (section, key) in HUB
+            part[key] = [placed(item, hub) for item in value] if isinstance(value, list) else placed(value, hub)
 
 
 def _override(document: dict[str, Any], text: str) -> None:
@@ -378,20 +333,3 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word or path: the shell has already taken the quotes away
-
-
-def _part(name: str, value: Any) -> Any:
-    """A setting; a table with a name is a part (objective, combiner, optimizer) with its own settings."""
-    if not isinstance(value, dict):
-        return tuple(value) if isinstance(value, list) else value
-    known = {**parts("objectives"), **parts("combiners")}
-    kind = find("part", str(value.get("name", "")), known)
-    settings = {key: _part(key, inner) for key, inner in value.items() if key != "name"}
-    fields = [field for field, info in kind.__dataclass_fields__.items() if info.init]
-    for key in settings:
-        if key not in fields:
-            raise Refused(f"method.{name}: {kind.__name__} has no setting {key!r}{did_you_mean(key, fields)}")
-    try:
-        return kind(**settings)
-    except TypeError as error:
-        raise Refused(f"method.{name}: {kind.__name__} cannot be made of {settings}: {error}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge import runtime
@@ -150,14 +151,15 @@ def hidden(case: Case, model: nn.Module, batch: Batch, layer: str) -> Tensor:
         pass
     finally:
         handle.remove()
-    wanted = tuple(counted(case, batch, "attended").shape)
-    if not found or found[0].ndim != 3 or tuple(found[0].shape[:2]) != wanted:
+    rows, width = counted(case, batch, "attended").shape
+    if not found or found[0].ndim != 3 or found[0].shape[0] != rows or found[0].shape[1] > width:
         shape = tuple(found[0].shape) if found else "none"
         raise Refused(
-            f"layer {layer!r} gives hidden states of shape {shape}: expected {(*wanted, 'd')}, one vector per token; "
+            f"layer {layer!r} gives hidden states of shape {shape}: expected {(rows, width, 'd')}, one vector per token; "
             f"name a block of the model"
         )
-    return found[0] if found[0].dtype == torch.float64 else found[0].float()
+    states = F.pad(found[0], (0, 0, 0, width - found[0].shape[1]))  # what is padding in every row reaches no model
+    return states if states.dtype == torch.float64 else states.float()
 
 
 def _first(output: Any) -> Tensor | None:
@@ -187,11 +189,12 @@ def blocks(case: Case) -> list[str]:
     device = runtime.device_of(model)
     batch = runtime.to_device(case.request.data("forget").batch(torch.zeros(1, dtype=torch.int64)), device)
     batch = case.task.prepare(batch, Key(0))
-    wanted = tuple(counted(case, batch, "attended").shape)
+    real = counted(case, batch, "attended")
+    widths = (real.shape[1], int(real.sum()))  # with its padding, and without, as most models are called
 
     def note(module: nn.Module, _args: Any, output: Any) -> None:
         states = _first(output)
-        if states is not None and states.ndim == 3 and tuple(states.shape[:2]) == wanted:
+        if states is not None and states.ndim == 3 and states.shape[0] == 1 and states.shape[1] in widths:
             given.add(id(module))
 
     lists = [list(m) for m in model.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)]

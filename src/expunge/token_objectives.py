@@ -8,8 +8,10 @@ constants: no gradient flows through them, so a value is not the integral of its
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge.core import Batch, Case, Key, Objective, Refused, Task, require
@@ -66,7 +68,14 @@ class TNPO:
         require(self.extra >= 0, self, "extra", "0 or above")
 
     def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
-        """The batch with the teacher's loss on every token, [b, U] nats, in column ``teacher_tokens``."""
+        """The batch with the teacher's loss on every token, [b, U] nats, in column ``teacher_tokens``.
+
+        Read from the column ``reference_tokens`` where the data have it.
+        """
+        if "reference_tokens" in batch:
+            width = _token_labels(self, case.task, batch).shape[1]
+            cached = batch["reference_tokens"][:, :width]  # as wide as the widest example of all
+            return {**batch, "teacher_tokens": F.pad(cached, (0, width - cached.shape[1]))}
         with case.teacher(self.teacher) as model:
             return {**batch, "teacher_tokens": _token_losses(self, case.task, model, batch)[0]}
 
@@ -132,7 +141,7 @@ class CEU:
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         labels, judged = self._judged(case.task, batch)
-        logits, label = _wide(_token_logits(case.task, case.model, batch)[judged]), labels[judged][:, None]
+        logits, label = _wide(_judged_logits(case.task, case.model, batch, judged)), labels[judged][:, None]
         target = torch.softmax(logits.detach().scatter(1, label, -torch.inf), -1)
         return _mean(_spread(_cross_entropy(target, logits), judged), judged)
 
@@ -178,7 +187,7 @@ class UNDIAL:
         labels = _token_labels(self, case.task, batch)
         judged = labels != IGNORED
         told = _wide(batch["teacher"]).reshape(*labels.shape, -1)[judged]
-        logits, label = _wide(_token_logits(case.task, case.model, batch)[judged]), labels[judged][:, None]
+        logits, label = _wide(_judged_logits(case.task, case.model, batch, judged)), labels[judged][:, None]
         held = told.scatter_add(1, label, torch.full_like(label, -self.strength, dtype=told.dtype))
         return _mean(_spread(_cross_entropy(torch.softmax(held, -1), logits), judged), judged)
 
@@ -207,10 +216,14 @@ def _token_labels(owner: Objective, task: Task, batch: Batch) -> Tensor:
     return labels[:, None] if labels.ndim == 1 else labels
 
 
-def _token_logits(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    """[b, U, V] in the model's precision."""
+def _judged_logits(task: Any, model: nn.Module, batch: Batch, judged: Tensor) -> Tensor:
+    """[M, V] at the M places of [b, U] that are judged, in the model's precision; of answers alone where it can."""
+    if hasattr(task, "answer_logits"):
+        chosen = judged[task.labels(batch) != IGNORED]
+        found = task.answer_logits(model, batch)
+        return found if bool(chosen.all()) else found[chosen]
     logits: Tensor = task.outputs(model, batch)
-    return logits[:, None] if logits.ndim == 2 else logits
+    return (logits[:, None] if logits.ndim == 2 else logits)[judged]
 
 
 def _cross_entropy(target: Tensor, logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from expunge import runtime
 from expunge.core import Refused
 from expunge.journal import write_bytes
+from expunge.stream import chunks
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
@@ -23,7 +24,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     With several processes each must call it; the first one writes.
     """
     tensors = _whole(model)
-    runtime.on_first(lambda: write_bytes(Path(path), save(tensors, metadata={"format": "pt"})))
+    runtime.on_first(lambda: write_bytes(Path(path), chunks(tensors, {"format": "pt"})))
 
 
 def packed(model: nn.Module) -> bytes:
@@ -32,10 +33,11 @@ def packed(model: nn.Module) -> bytes:
 
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU, tied ones once."""
+    """Parameters and those buffers that belong to a model's state, on the CPU, tied ones once."""
+    saved = model.state_dict().keys()
     return {
         name: runtime.whole(t.detach()).cpu().contiguous()
-        for name, t in (*model.named_parameters(), *model.named_buffers())
+        for name, t in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved))
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import functools
 import hashlib
 import importlib.util
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import torch
@@ -25,8 +26,12 @@ from expunge.data.split import split
 from expunge.data.tables import Loaded, Target, few
 from expunge.registry import did_you_mean
 from expunge.run import check_request
-from expunge.spec import DataSection, RunSpec
+from expunge.sections import DataSection
+from expunge.spec import RunSpec
 from expunge.weights import load_weights
+
+if TYPE_CHECKING:
+    from expunge.texts import Language
 
 _CONDITION = re.compile(r"^\s*(\S.*?)\s*(==|!=|<=|>=|<|>|\bin\b(?=\s*[\[({]))\s*(.+?)\s*$")
 
@@ -42,6 +47,7 @@ class Workload:
         make: builds a fresh network, where references may be retrained. recipe: how; None for the run file's own.
         names: of the classes.
         columns: [n] numbers per training example, for conditions. texts: what the numbers of a text column stand for.
+        language: a language model and its texts, where the run is about one.
     """
 
     train: Data
@@ -54,6 +60,13 @@ class Workload:
     names: tuple[str, ...] = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    language: Language | None = field(default=None, repr=False)
+
+    def read(self, like: nn.Module, path: str | Path) -> nn.Module:
+        """Another model of the same architecture, from its weights, in eval mode; `like` and its weights stay as they are."""
+        if self.language is not None:
+            return self.language.read(path)
+        return load_weights(copying.deepcopy(like) if self.make is None else builtin.fresh(self.make, 0), path).eval()
 
 
 def load(spec: RunSpec) -> Workload:
@@ -62,6 +75,8 @@ def load(spec: RunSpec) -> Workload:
     Raises:
         Refused: for files or a function that do not give what they should.
     """
+    if spec.language:
+        return _from_texts(spec)
     held_out = spec.request.held_out()
     if held_out is not None:
         _apart(spec, held_out)
@@ -81,6 +96,22 @@ def _loaded(spec: RunSpec) -> Workload:
     weights, base = spec.model.weights, found
     build = (lambda seed: builtin.fresh(base.make, seed)) if base.make is not None else base.trained
     return Workload(**{**vars(found), "trained": lambda seed: load_weights(build(seed), weights).eval()})
+
+
+def _from_texts(spec: RunSpec) -> Workload:
+    from expunge.texts import RECIPE, base, read_language
+
+    language = read_language(spec)
+    test = language.texts.get("test")
+    return Workload(
+        language.train,
+        language.task,
+        language.model,
+        None if test is None else test.data,
+        make=base(spec, language) if spec.audit.base is not None else None,
+        recipe=RECIPE,
+        language=language,
+    )
 
 
 def _apart(spec: RunSpec, held_out: Sequence[int]) -> None:
@@ -263,6 +294,19 @@ def from_function(reference: str) -> Workload:
         make,
         names=tuple(parts.get("names") or ()),
     )
+
+
+def requested(spec: RunSpec, workload: Workload) -> Request:
+    """What a run file asks to be forgotten and kept.
+
+    Raises:
+        Refused: as ``request_of``.
+    """
+    if workload.language is None:
+        return request_of(workload, *spec.request.chosen())
+    request = workload.language.request
+    check_request(request, workload.task)
+    return request
 
 
 def request_of(workload: Workload, forget: str | Sequence[int], retain: Sequence[int] | None = None) -> Request:

@@ -6,91 +6,27 @@ A bracket opens the model, runs the inner stage in a scope of its own, closes th
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import re
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from expunge import runtime
+from expunge.adapter_files import save_adapter
+from expunge.adapter_layers import Adapted, quantised
+from expunge.adapters import ADAPTER, Carrier, LoRA, carrier, carriers
 from expunge.core import Case, Key, Refused, Stage
-from expunge.registry import did_you_mean, need_extra
 from expunge.scope import Scope, edit
 
-ADAPTER = "default"
-"""What peft calls the adapter that it attaches."""
+__all__ = ["AdapterOff", "InAdapter", "InputVector", "LoRA", "WithInputVector", "carrier", "carriers", "in_adapter"]
+__all__ += ["with_input_vector"]
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adaptation (arXiv:2106.09685): weight + (alpha / rank) B A, A drawn from the run's key, B zero at first.
-
-    Args:
-        rank: of the change of each weight, >= 1.
-        alpha: scale of the change, > 0; the factor is alpha / rank.
-        targets: names or shell-style patterns of layers, matched against the whole name or its end ("q_proj"). By
-            default every linear and convolution layer whose weight is in scope and is used in one place only.
-
-    Raises:
-        Refused: for a rank or scale out of range.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise Refused(f"LoRA: rank must be at least 1, found {self.rank}")
-        if not self.alpha > 0:
-            raise Refused(f"LoRA: alpha must be a positive number, found {self.alpha}")
-
-    def layers(self, model: nn.Module, scope: Scope) -> dict[str, Any]:
-        """name -> layer to adapt. A tied or shared weight is left out: its adapter would act in one place only."""
-        places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        able = {
-            name: layer
-            for name, layer in model.named_modules()
-            if name and _adaptable(layer) and places[id(layer.weight)] == 1 and f"{name}.weight" in scope
-        }
-        found = dict(able) if not self.targets else {}
-        for pattern in self.targets:
-            hits = {
-                n: layer
-                for n, layer in able.items()
-                if any(fnmatch.fnmatchcase(n, p) for p in (pattern, f"*.{pattern}"))
-            }
-            if not hits:
-                raise Refused(
-                    f"LoRA target {pattern!r} matches no linear or convolution layer in scope that is used in one "
-                    f"place only{did_you_mean(pattern, able)}; there are {', '.join(list(able)[:5]) or 'none'}"
-                )
-            found.update(hits)
-        if not found:
-            raise Refused(
-                "the model has no linear or convolution layer in scope that is used in one place only: an adapter has "
-                "nothing to attach to"
-            )
-        return found
-
-
-def _adaptable(layer: Any) -> bool:
-    """Exact types: a subclass may use its weight in a way of its own, as the output of MultiheadAttention does."""
-    if type(layer) is nn.Conv2d:
-        return layer.groups == 1
-    return type(layer) is nn.Linear or (
-        type(layer).__name__ == "Conv1D" and type(layer).__module__.startswith("transformers")
-    )
-
-
-def in_adapter(adapter: LoRA, inner: Stage) -> InAdapter:
+def in_adapter(adapter: Carrier, inner: Stage, *, merge: bool = True, save: str | Path | None = None) -> InAdapter:
     """Any method in an adapter: ``in_adapter(LoRA(8), npo(beta=0.1))``. See ``InAdapter``."""
-    return InAdapter(adapter, inner)
+    return InAdapter(adapter, inner, merge, None if save is None else Path(save))
 
 
 @dataclass(frozen=True)
@@ -107,22 +43,46 @@ class InAdapter:
     found it, so after other stages no longer the caller's. It does not promise that a low-rank change can forget.
 
     Args:
-        adapter: which adapter, from ``LoRA``.
+        adapter: which carrier, from ``adapters`` or ``spectral_adapters``.
         inner: what to run.
+        merge: False leaves the adapter attached: the only way on a quantised model, whose weights cannot be written.
+            The names of adapted layers then stay as they are inside. Whoever holds the model can switch it off.
+        save: a folder to write the adapter to as peft does, before it is merged.
 
     Raises:
-        Refused: where no layer can be adapted, or the model has adapters already.
-        MissingExtra: where peft is not installed.
+        Refused: where no layer can be adapted, the model has adapters already, a quantised layer would have to be
+            merged, or what is to be saved has no form that peft reads.
+        MissingExtra: where peft is needed and not installed.
     """
 
-    adapter: LoRA
+    adapter: Carrier
     inner: Stage
+    merge: bool = True
+    save: Path | None = field(default=None, repr=False)
     provides: tuple[str, ...] = field(default=("teacher:original",), init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What a record calls it: the inner stage, and in which adapter."""
+        inner = getattr(self.inner, "name", type(self.inner).__name__)
+        return f"{inner} in {type(self.adapter).__name__}"
+
+    def __post_init__(self) -> None:
+        if self.save is not None and not self.adapter.as_peft:
+            raise Refused(
+                f"peft has no form for an adapter of {type(self.adapter).__name__}, so it cannot be saved: leave save "
+                f"out and keep the merged model"
+            )
+
+    def __repr__(self) -> str:
+        kept = "" if self.merge else ", merge=False"
+        return f"InAdapter(adapter={self.adapter!r}, inner={self.inner!r}{kept})"
 
     def __call__(self, case: Case) -> Case:
         key, rng = case.rng.take()
-        with _attached(self.adapter, case, key.at("adapter")) as layers:
-            off = AdapterOff(case.model, tuple(layers.values()))
+        with _attached(self.adapter, case, key.at("adapter")) as attached:
+            self._check(attached)
+            layers, off = attached.layers, AdapterOff(case.model, tuple(attached.layers.values()))
             if "original" not in case.teachers and case.meter.forward:
                 case.meter.note(
                     "the teacher 'original' inside the adapter is the model as earlier stages left it: copy=False "
@@ -134,9 +94,47 @@ class InAdapter:
                 raise Refused(
                     "a stage inside in_adapter replaced the model: the adapter cannot be merged; put that stage outside"
                 )
-            merged = {f"{name}.weight": _merged(layer) for name, layer in layers.items()}
+            if self.save is not None:
+                save_adapter(self.save, case.model, layers, attached.tuner)
+            attached.stays = not self.merge
         kept = {name: teacher for name, teacher in done.teachers.items() if teacher is not off}
-        return edit(replace(done, scope=case.scope, teachers=kept), merged)
+        scope = case.scope if self.merge else _inside_names(case.scope, layers)
+        done = replace(done, scope=scope, teachers=kept)
+        for name, layer in layers.items() if self.merge else ():  # one by one: all at once were a copy of the model
+            done = edit(done, {f"{name}.weight": _merged(layer)})
+        return done
+
+    def _check(self, attached: _Attached) -> None:
+        """Refuse, before any work, what could not be finished."""
+        fixed = [name for name, layer in attached.layers.items() if quantised(layer.base_layer)]
+        if self.merge and fixed:
+            raise Refused(
+                f"layer {fixed[0]!r} is quantised, so an adapter cannot be merged into it: use merge=False, and save= "
+                f"to keep the adapter in a folder"
+            )
+        if attached.masked and (self.save is not None or not self.merge):
+            raise Refused(
+                f"the scope masks {attached.masked[0]!r}, and an adapter that is kept apart cannot obey a mask: merge "
+                f"it without save=, or put whole weights in scope"
+            )
+
+    def rebuilt(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The structure that this bracket leaves `model` in, for saved `weights` to be read into."""
+        if not self.merge:
+            mark = ".base_layer."
+            names = dict.fromkeys(name.partition(mark)[0] for name in weights if mark in name)
+            self.adapter.attach(model, {name: model.get_submodule(name) for name in names}, Key(0))
+        return model
+
+
+@dataclass(eq=False)
+class _Attached:
+    """Adapted layers by name, peft's tuner, names of layers that a mask acts on, and whether they stay."""
+
+    layers: dict[str, Any]
+    tuner: Any
+    masked: list[str]
+    stays: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,53 +159,59 @@ class AdapterOff:
 
 
 @contextlib.contextmanager
-def _attached(adapter: LoRA, case: Case, key: Key) -> Iterator[dict[str, Any]]:
-    """name -> peft's layer, in place of the model's own; structure, attributes and flags are restored."""
-    peft = need_extra("peft", "llm", "in_adapter")
+def _attached(adapter: Carrier, case: Case, key: Key) -> Iterator[_Attached]:
+    """Adapted layers in place of the model's own; structure, attributes and flags are restored."""
     model = case.model
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or any(isinstance(module, Adapted) for module in model.modules()):
         raise Refused("the model has adapters already: merge or remove them before in_adapter")
     own = adapter.layers(model, case.scope)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    config = peft.LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules="|".join(re.escape(name) for name in own),
-    )
-    device = runtime.device_of(model)
+    attached = None
+    hook = _reached_embeddings(model)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft corrects the orientation of a Conv1D and says so
-            peft.inject_adapter_in_model(config, model, ADAPTER)
-        layers = {name: model.get_submodule(name) for name in own}
-        for name, layer in layers.items():
-            _begin(layer, key.at(name))
-            mask = case.scope.mask(f"{name}.weight", own[name].weight)
+        tuner = adapter.attach(model, own, key)
+        attached = _Attached({name: model.get_submodule(name) for name in own}, tuner, [])
+        for name, layer in attached.layers.items():
+            mask = None if quantised(own[name]) else case.scope.mask(f"{name}.weight", own[name].weight)
             if mask is not None:
+                attached.masked.append(name)
                 _act_through(layer, mask)
-        yield layers
+        yield attached
     finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        if attached is None or not attached.stays:
+            _detach(model, own)
+        if hook is not None:
+            hook.remove()
         _restore_flags(flags)
+
+
+def _reached_embeddings(model: Any) -> Any:
+    """Let frozen embeddings give what needs a gradient where the user switched on transformers' own checkpointing.
+
+    Its reentrant form gives no gradient at all to adapters in a block none of whose inputs needs one.
+    """
+    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return None
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+
+    def reach(_module: Any, _args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.requires_grad_(True)
+
+    return model.get_input_embeddings().register_forward_hook(reach)
+
+
+def _detach(model: nn.Module, own: Mapping[str, Any]) -> None:
+    for name, module in own.items():
+        model.set_submodule(name, module)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _restore_flags(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
-
-
-def _begin(layer: Any, key: Key) -> None:
-    """B = 0 and A uniform on +-1/sqrt(fan-in), a function of the run's key: peft draws from the global stream."""
-    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    bound = down[0].numel() ** -0.5
-    with torch.no_grad():
-        down.copy_(torch.empty(down.shape).uniform_(-bound, bound, generator=key.generator()))
-        up.zero_()
 
 
 def _act_through(layer: Any, mask: Tensor) -> None:
@@ -224,9 +228,21 @@ def _act_through(layer: Any, mask: Tensor) -> None:
 
 
 def _adapter_scope(model: nn.Module, layers: Mapping[str, Any]) -> Scope:
-    adapters = {id(p) for layer in layers.values() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()}
+    """All that the adapted layers have beside the layers themselves, and nothing else."""
+    own = {id(p) for layer in layers.values() for p in layer.base_layer.parameters()}
+    adapters = {id(p) for layer in layers.values() for p in layer.parameters()} - own
     names = tuple(name for name, p in model.named_parameters() if id(p) in adapters)
     return Scope(dict.fromkeys(names, True), names)
+
+
+def _inside_names(scope: Scope, layers: Mapping[str, Any]) -> Scope:
+    """The scope under the names that weights have while the adapter is attached."""
+
+    def inside(name: str) -> str:
+        layer, _, weight = name.rpartition(".")
+        return f"{layer}.base_layer.{weight}" if layer in layers else name
+
+    return Scope({inside(n): mask for n, mask in scope.masks.items()}, tuple(map(inside, scope.universe)))
 
 
 def _merged(layer: Any) -> Tensor:

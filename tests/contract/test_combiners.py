@@ -18,6 +18,7 @@ from expunge.core import Batch, Case, Combiner, Grads, Key
 from expunge.implicit import ImplicitSurgery
 from expunge.objectives import NLL, SimNPO
 from expunge.oracle import Draws, On, Oracle
+from expunge.smooth import Curvature, GradientNorm, RandomNoise, Smoothed
 
 KINDS = registry.parts("combiners")
 KINDS.pop("Turn", None)
@@ -27,18 +28,21 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "OfMeans": {"function": lambda losses: sum(losses.values())},
     "ZerothOrder": {"directions": 0, "mu": 1e-6},
     "Clip": {"max_norm": 1e3},
+    "SalientRows": {"percentile": 0.0},
 }
 COMBINERS: dict[str, Combiner] = {name: kind(**ARGUMENTS.get(name, {})) for name, kind in KINDS.items()}
 COMBINERS |= {f"ImplicitSurgery {form}": ImplicitSurgery(form=form, start=0.5) for form in ("log", "raw", "paper")}
+COMBINERS |= {f"Smoothed {type(by).__name__}": Smoothed(by=by) for by in (RandomNoise(), GradientNorm(), Curvature())}
 
 PROTECTING = {
     "OneSidedProjection",
     "FastImplicitSurgery",
     "PrimalDual",
+    "SafeGrad",
     *(name for name in COMBINERS if name.startswith("ImplicitSurgery")),
 }
 INVARIANT = {"Nash", "ImplicitSurgery", "ImplicitSurgery log"}  # of degree 0 in the losses: only the rate sets the step
-SYMMETRIC = set(COMBINERS) - PROTECTING
+SYMMETRIC = set(COMBINERS) - PROTECTING - {"SalientRows"}  # whose rows are those of one role
 HARMLESS = {"UPGrad", "MGDA", "PCGrad", "Nash", "IMTLG", "OneSidedProjection"}  # with two roles, no loss rises
 
 

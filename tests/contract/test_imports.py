@@ -23,15 +23,20 @@ Where = Literal["top", "function", "types"]
 #   journal writes Cases and Scopes, and is what reports and run files are written with;
 #   tasks and data know the nouns, not the losses; data.builtin is the exception that trains its small networks;
 #   audit judges models from outside: it may see no objective, combiner, method or loop;
+#   adapters are settings of carriers and layers for them; adapter_files stands below the loading of language models,
+#   which may find an adapter in a folder;
 #   benchmarks score what models said with the audit's intervals, and may train models of their own: no method or
 #   measure may lean on one.
 ORDER: list[set[str]] = [
-    {"version", "meter", "progress"},
+    {"version", "meter", "progress", "stream"},
     {"core"},
-    {"runtime", "gramian", "optim", "registry", "data", "tasks", "data.sources", "data.indices"},
-    {"scope", "criteria", "data.split", "data.tables"},
-    {"oracle", "journal", "tasks.*", "data.files"},
-    {"weights", "store", "watch"},
+    {"runtime", "gramian", "optim", "predict", "registry", "data", "tasks", "data.sources", "data.indices", "data.text"},
+    {"scope", "criteria", "data.split", "data.tables", "data.joined", "lean"},
+    {"oracle", "journal", "tasks.*", "data.files", "adapter_layers"},
+    {"weights", "store", "watch", "spectral_adapters"},
+    {"adapters"},
+    {"adapter_files"},
+    {"tasks.language_model", "tasks.alternates"},
     {
         "audit.*",
         "objectives",
@@ -40,18 +45,25 @@ ORDER: list[set[str]] = [
         "curvature",
         "edits",
         "wrap",
+        "checkpointing",
         "reference",
         "shards",
         "steer",
+        "value_vectors",
     },
-    {"saliency", "guarded", "compose", "implicit", "constrained", "preference", "confidence"},
+    {"saliency", "guard", "guarded", "compose", "implicit", "constrained", "preference", "confidence", "states", "boundary", "layers", "learnt_inputs"},
+    {"smooth", "salient_rows"},
+    {"projection", "detector", "gated_layers"},
+    {"gate"},
     {"descend"},
     {"methods.*", "data.builtin", "attacks.*", "guarantees.*"},
     {"run", "trainer", "shadow_design"},
-    {"shelf"},
+    {"shelf", "single"},
     {"training_pool", "reference_plan"},
     {"challenges.*", "references", "benchmarks.*"},
+    {"sections"},
     {"spec", "demo"},
+    {"texts"},
     {"workload"},
     {"perform"},
     {"bench", "catalogue"},
@@ -71,7 +83,7 @@ AUDIT_SEES = {
     *("store", "weights", "data.sources"),
 }
 OPTIONAL = {"transformers", "peft", "diffusers"}
-NEAR_MODELS = {"wrap"}  # besides tasks/
+NEAR_MODELS = {"adapters", "adapter_files", "benchmarks.mini_tofu_model"}  # besides tasks/; the last builds its own
 
 
 def module_of(path: Path) -> str:

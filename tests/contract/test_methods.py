@@ -26,7 +26,7 @@ from expunge.descend import _Run
 from expunge.registry import Method, Range
 from expunge.run import Outcome
 from tests.conftest import GlobalRandomness
-from tests.fixtures import NAMES, odd, retrained, tiny
+from tests.fixtures import NAMES, given, odd, retrained, tiny
 
 METHODS = registry.methods()
 PAIRS = [(name, task) for name, spec in METHODS.items() for task in NAMES if task in spec.tasks]
@@ -69,7 +69,7 @@ def run(
     found = tiny(task)
     return unlearn(
         found.model if model is None else model,
-        request or found.request,
+        given(spec.needs, request or found.request, found.task),
         task=found.task,
         seed=seed,
         scope=scope,
@@ -364,7 +364,7 @@ def test_missing_needs_are_refused_before_any_work(name: str) -> None:
         before = state(found.model)
         rows.clear()
         missing = {need: None} if need in ("forget", "retain", "valid") else {}
-        request = replace(found.request, **missing)
+        request = replace(given(spec.needs, found.request, found.task), **missing)
         if need == "forget":
             request = replace(request, concepts=("anything",))
         word = need.partition(":")[2].partition("|")[0] or need
@@ -420,6 +420,7 @@ def test_killed_at_every_step_ends_in_the_same_bits(name: str, tmp_path: Any, mo
     spec = METHODS[name]
     task = next(t for t in NAMES if t in spec.tasks)
     found, stage = tiny(task), spec.build(**settings_of(spec))
+    request = given(spec.needs, found.request, found.task)
     count, at, step = 0, -1, _Run._step
 
     def stepping(run: _Run) -> None:
@@ -432,7 +433,7 @@ def test_killed_at_every_step_ends_in_the_same_bits(name: str, tmp_path: Any, mo
     monkeypatch.setattr(_Run, "_step", stepping)
 
     def once(folder: Any) -> Outcome:
-        return unlearn(found.model, found.request, task=found.task, method=stage, seed=3, out=folder, every=0.0)
+        return unlearn(found.model, request, task=found.task, method=stage, seed=3, out=folder, every=0.0)
 
     undisturbed = once(tmp_path / "whole")
     for moment in range(1, count + 1):

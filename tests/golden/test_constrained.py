@@ -21,7 +21,7 @@ from expunge.core import Batch, Case, Key
 from expunge.data.sources import as_data
 from expunge.methods.pdu import pdu
 from expunge.objectives import NLL
-from expunge.oracle import Draws, On, Oracle, example_weights
+from expunge.oracle import Draws, On, Oracle
 from tests.contract.test_combiners import oracle_of, trained
 from tests.contract.test_methods import loss
 from tests.fixtures import retrained, tiny
@@ -140,32 +140,11 @@ def test_settings_out_of_range_are_refused(setting: str) -> None:
         PrimalDual(**{setting: -1})
 
 
-def spread_by_hand(model: nn.Module, shift: int) -> Tensor:
-    """(max - mean)^2 at the labelled places, of the logits `shift` places before; mean over the batch's tokens."""
+def spread_by_hand(model: nn.Module) -> Tensor:
+    """(max - mean)^2 of the logits AT the labelled tokens, as released; mean over the batch's tokens."""
     batch = batch_of(FORGET)
     z = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    labels = batch["labels"][:, shift:]
-    z = z[:, : labels.shape[1]]
-    return (z.amax(-1) - z.mean(-1)).square()[labels != -100].mean()
-
-
-def spread(case: Case, width: int = 0) -> Tensor:
-    """Ours, as a token mean."""
-    batch = batch_of(FORGET, width)
-    values, weight = LogitSpread()(case, batch), example_weights(case, LogitSpread(), batch)
-    return (values * weight).sum() / weight.sum()
-
-
-def test_pdu_judges_the_logits_that_predict_the_answer_where_the_released_code_is_one_place_late() -> None:
-    """The released number is that of the logits AT the labelled tokens; ours is that of the ones before, and does not
-    depend on padding. They differ."""
-    model = by_formula(0.0)
-    case = Case(model, ex.Request(), ex.CausalLM(40), ex.Scope.all(model))
-    assert spread_by_hand(model, 0).item() == pytest.approx(RELEASED_FORGET, rel=1e-5)
-    ours = spread(case).item()
-    assert ours == pytest.approx(spread_by_hand(model, 1).item(), rel=1e-6)
-    assert spread(case, 19).item() == pytest.approx(ours, rel=1e-6)
-    assert abs(ours - RELEASED_FORGET) > 0.01
+    return (z.amax(-1) - z.mean(-1)).square()[batch["labels"] != -100].mean()
 
 
 def test_pdu_is_the_released_one_but_for_the_shift() -> None:
@@ -176,7 +155,8 @@ def test_pdu_is_the_released_one_but_for_the_shift() -> None:
     weight = NLL().weigh(case, batch)
     retain = (NLL()(case, batch) * weight).sum() / weight.sum()
     assert retain.item() == pytest.approx(RELEASED_RETAIN, rel=1e-5)
-    released = flat_gradient(spread_by_hand(model, 0) + 2.0 * (retain - 0.3), model)
+    assert spread_by_hand(model).item() == pytest.approx(RELEASED_FORGET, rel=1e-5)
+    released = flat_gradient(spread_by_hand(model) + 2.0 * (retain - 0.3), model)
     assert float(released.norm()) == pytest.approx(RELEASED_NORM, rel=1e-5)
     roles = {"forget": On("forget", LogitSpread()), "retain": On("retain", NLL())}
     parts = [

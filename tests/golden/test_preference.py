@@ -1,6 +1,6 @@
-"""DPO, and the methods kl, idk_nll and idk_dpo, against the benchmark's code and plain torch.
+"""DPO, and the methods kl, idk_nll and idk_dpo, against plain torch; ``test_benchmark_losses`` has the benchmark's numbers.
 
-Numbers named "benchmark" were computed by locuslab/open-unlearning at d3d7cf9 (src/trainer/utils.py) on the Llama of
+The number named "benchmark" was computed by locuslab/open-unlearning at d3d7cf9 (src/trainer/utils.py) on the Llama of
 ``tiny_llama``, student ``by_formula(0.0)`` and reference ``by_formula(0.5)``.
 """
 
@@ -22,7 +22,7 @@ from expunge.data.sources import as_data
 from expunge.methods.idk_dpo import idk_dpo
 from expunge.methods.idk_nll import idk_nll
 from expunge.methods.kl import kl
-from expunge.objectives import NLL, NPO, Distill, RandomLabel
+from expunge.objectives import NLL, RandomLabel
 from expunge.oracle import Draws, On, Oracle, example_weights
 from expunge.preference import DPO
 from tests.contract.test_methods import loss
@@ -33,9 +33,8 @@ from tests.golden.forgetting import small
 from tests.golden.tiny_llama import FORGET, REFUSALS, RETAIN, batch_of, by_formula, flat_gradient
 
 TASK = ex.CausalLM(40)
-BENCHMARK_DPO = {0.1: (13.364072799682617, 377.3860778808594), 1.0: (1.0596810579299927, 348.92388916015625)}
-BENCHMARK_NPO = {0.1: (13.323736190795898, 322.1046142578125), 1.0: (1.0294378995895386, 182.1107940673828)}
-BENCHMARK_KL = {0: 0.1359192430973053, 20: 0.14545123279094696}
+BENCHMARK_DPO = 1.0596810579299927
+"""At beta 1, each refusal the winner."""
 
 
 def case_of(refusals: Tensor | None = None) -> Case:
@@ -69,32 +68,10 @@ def drawn(case: Case, objective: Any, batch: Batch) -> Batch:
     return objective.draw(case, batch, Key(0))
 
 
-@pytest.mark.parametrize("widths", [(0, 0), (13, 0), (0, 17)])
-@pytest.mark.parametrize("beta", sorted(BENCHMARK_DPO))
-def test_dpo_is_the_benchmarks(beta: float, widths: tuple[int, int]) -> None:
-    """Value and norm of the gradient; neither depends on how far the two answers are padded."""
-    case = case_of()
-    values = DPO(beta)(case, drawn(case, DPO(beta), pair(*widths)))
-    assert values.shape == (3,)
-    value, norm = BENCHMARK_DPO[beta]
-    assert values.mean().item() == pytest.approx(value, rel=1e-5)
-    assert float(flat_gradient(values.mean(), case.model).norm()) == pytest.approx(norm, rel=1e-5)
-
-
-@pytest.mark.parametrize("beta", sorted(BENCHMARK_NPO))
-def test_npo_is_the_benchmarks(beta: float) -> None:
-    """The same function without a winning answer."""
-    case = case_of()
-    values = NPO(beta)(case, drawn(case, NPO(beta), batch_of(FORGET)))
-    value, norm = BENCHMARK_NPO[beta]
-    assert values.mean().item() == pytest.approx(value, rel=1e-5)
-    assert float(flat_gradient(values.mean(), case.model).norm()) == pytest.approx(norm, rel=1e-5)
-
-
 def test_a_refusal_drawn_by_the_task_is_the_winner() -> None:
     case = case_of(one_each())
     batch = drawn(case, DPO(1.0), case.request.data("forget").batch(torch.arange(3)))
-    assert DPO(1.0)(case, batch).mean().item() == pytest.approx(BENCHMARK_DPO[1.0][0], rel=1e-5)
+    assert DPO(1.0)(case, batch).mean().item() == pytest.approx(BENCHMARK_DPO, rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 4.0])
@@ -147,27 +124,6 @@ def test_dpo_refuses_half_a_pair() -> None:
         drawn(case, DPO(), {**batch_of(FORGET), "win": blank})
     with pytest.raises(ex.Refused, match="beta must be above 0"):
         DPO(0.0)
-
-
-def test_kl_is_over_answer_tokens_where_the_benchmark_counts_padding() -> None:
-    """The benchmark's mean runs over prompts and padding, so it moves with the padded length; ours does not."""
-    case, ours = case_of(), []
-    for width, published in BENCHMARK_KL.items():
-        batch = batch_of(RETAIN, width)
-        logs = []
-        with torch.no_grad():
-            for model in (case.model, case.teachers["original"]):
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                logs.append(F.log_softmax(logits, -1))
-        each = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
-        assert float(each.mean()) == pytest.approx(published, rel=1e-5)
-        objective = Distill()
-        values, weights = (part(case, drawn(case, objective, batch)).detach() for part in (objective, objective.weigh))
-        ours.append(float((values * weights).sum() / weights.sum()))
-        judged = batch["labels"][:, 1:] != -100
-        assert ours[-1] == pytest.approx(float(each[:, :-1][judged].mean()), rel=1e-5)
-    assert ours[0] == pytest.approx(ours[1], rel=1e-6)
-    assert abs(BENCHMARK_KL[0] - BENCHMARK_KL[20]) > 1e-3
 
 
 def test_kl_steps_are_ascent_and_divergence() -> None:

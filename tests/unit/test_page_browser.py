@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from expunge.audit import Section, audit, write_page
+from expunge.audit.chat import Exchange
 from expunge.audit.subject import Reading
 from tests.unit.test_audit_measures import answers, retrained_models, subject
 from tests.unit.test_audit_report import HISTORY, HOSTILE, record
@@ -44,7 +45,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
         replace(row, readings={**row.readings, "roc_test": roc, "relearn_test": relearn}) for row in report.rows
     )
     path = tmp_path_factory.mktemp("page") / "report.html"
-    write_page(path, HOSTILE, [Section(HOSTILE, replace(report, rows=rows))])
+    told = (
+        Exchange("forget", HOSTILE, "word " * 400, {"original": f"{HOSTILE}\n\n{'x' * 900}", HOSTILE: ""}),
+        Exchange("retain", "\u202etnereffid", "<end>", {"original": "<|user|></dd></dl>", HOSTILE: "&lt;b&gt;"}),
+    )
+    write_page(path, HOSTILE, [Section(HOSTILE, replace(report, rows=rows, exchanges=told))])
     return path.as_uri()
 
 
@@ -90,6 +95,19 @@ def test_hostile_names_stay_text_in_the_browser(browser: Any, address: str) -> N
     assert HOSTILE in page.locator(".banner").inner_text()
     assert page.locator(".plot image").count() == 0
     assert "49" not in page.locator("h1").inner_text()
+    assert said == []
+    page.context.close()
+
+
+def test_what_models_answer_stays_text_and_on_the_screen(browser: Any, address: str) -> None:
+    page, said, _ = opened(browser, address, 390, "light")
+    cards = page.locator(".chat")
+    assert cards.count() == 2
+    assert cards.nth(0).locator(".asked").inner_text() == HOSTILE
+    assert cards.nth(0).locator("dd").all_inner_texts()[1].startswith(HOSTILE)
+    assert cards.nth(0).locator("dd").all_inner_texts()[2] == "(nothing)"
+    assert cards.nth(1).locator("dd").all_inner_texts() == ["<end>", "<|user|></dd></dl>", "&lt;b&gt;"]
+    assert all(cards.nth(n).bounding_box()["width"] <= 390 for n in range(2))
     assert said == []
     page.context.close()
 

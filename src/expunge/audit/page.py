@@ -104,6 +104,14 @@ def _section(section: Section, number: int) -> dict[str, Any]:
         "rest": _table(report.rows, rest) if rest else None,
         "figures": drawn,
         "legend": legend,
+        "exchanges": [
+            {
+                "part": exchange.part,
+                "question": exchange.question,
+                "lines": [("the data", exchange.truth), *exchange.said.items()],
+            }
+            for exchange in report.exchanges
+        ],
         "facts": flat(report.facts),
         "records": _records(report.rows),
     }

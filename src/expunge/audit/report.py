@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expunge.audit import context, intervals, judge, words
+from expunge.audit.chat import Exchange
 from expunge.audit.distance import floor
 from expunge.audit.genuine import check_references
 from expunge.audit.judge import Equivalence, Verdict
@@ -106,6 +107,7 @@ class Report:
         title: for people. rows: controls and methods.
         summary: one paragraph in plain language. notes: what a reader must know before using the numbers.
         facts: sizes, classes, task, number of retrained models, revision (JSON-able).
+        exchanges: questions and what the models answer, where they are language models.
     """
 
     title: str
@@ -113,6 +115,7 @@ class Report:
     summary: str = ""
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    exchanges: tuple[Exchange, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -163,6 +166,7 @@ class Report:
             "notes": list(self.notes),
             "facts": holdable(self.facts),
             "rows": [row.to_json() for row in self.rows],
+            "exchanges": [exchange.to_json() for exchange in self.exchanges],
         }
 
     @staticmethod
@@ -175,7 +179,8 @@ class Report:
         if tree.get("format") != FORMAT:
             raise Refused(f"this is no report of expunge: expected format {FORMAT!r}, found {tree.get('format')!r}")
         rows = tuple(Row.from_json(row) for row in tree["rows"])
-        return Report(tree["title"], rows, tree["summary"], tuple(tree["notes"]), tree["facts"])
+        told = tuple(Exchange.from_json(exchange) for exchange in tree.get("exchanges", ()))
+        return Report(tree["title"], rows, tree["summary"], tuple(tree["notes"]), tree["facts"], told)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``report.json`` and ``report.html``, each whole or not at all; returns the folder."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,19 +18,20 @@ from expunge.core import Case, Data, Key, Request, Task
 from expunge.data.sources import as_data
 from expunge.descend import Descend
 from expunge.objectives import NLL
-from expunge.optim import SGD, Cosine
+from expunge.optim import SGD, AdamW, Cosine, Optimizer
 from expunge.registry import find
 from expunge.scope import Scope
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained from fresh weights: SGD with momentum and a cosine schedule, on the NLL.
+    """How a network is trained from the weights that `make` gives it, on the NLL, with a cosine schedule.
 
     Args:
-        epochs: passes over the data, >= 0; 0 leaves the fresh weights.
-        lr, momentum, weight_decay: of SGD.
+        epochs: passes over the data, >= 0; 0 leaves the first weights.
+        lr, momentum, weight_decay: of SGD; AdamW has no such momentum.
         batch: examples per step, >= 1.
+        optimizer: "sgd", or "adamw", which language models are fine-tuned with.
     """
 
     epochs: float = 20
@@ -37,6 +39,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,13 @@ class Suite:
 
     def fit(self, data: Data | None = None, seed: int = 0) -> nn.Module:
         """A network trained on `data` (default: the training set), from fresh weights."""
-        return train(self.make, self.train if data is None else data, self.task, seed, **asdict(self.recipe))
+        return train_counted(self.make, self.train if data is None else data, self.task, seed, self.recipe)[0]
+
+
+def _optimizer(recipe: Recipe) -> Optimizer:
+    if recipe.optimizer == "adamw":
+        return AdamW(recipe.lr, weight_decay=recipe.weight_decay)
+    return SGD(recipe.lr, recipe.momentum, recipe.weight_decay)
 
 
 def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -105,7 +114,7 @@ def train_counted(
     case = Case(model, Request(retain=data), task, Scope.all(model), rng=Key(seed).at("train"))
     stage = Descend(
         retain=NLL(),
-        optimizer=SGD(recipe.lr, recipe.momentum, recipe.weight_decay),
+        optimizer=_optimizer(recipe),
         schedule=Cosine(warmup=0.05),
         epochs=recipe.epochs,
         batch=recipe.batch,

@@ -30,6 +30,7 @@ TWICE = "min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain)"
         "batches": "one forget and one retain batch of their own in every step, each with its own mean; the "
         "paper shuffles the forget set with 30 % of the retain set",
         "temperature": "the loss is times the temperature squared (the same at the paper's temperature of 1)",
+        "contract:adapter:causal_lm": "the bad teacher is a model made anew, and layers with an adapter cannot be: give make",
     },
 )
 def bad_teacher(

@@ -43,6 +43,7 @@ def eupmu(
     dual_lr: Positive = 1.0,
     dual_decay: NonNegative = 0.01,
     start: NonNegative = 1.0,
+    floor: Finite = 0.0,
     max_multiplier: Positive = 100.0,
     max_norm: Positive = 1.0,
     lr: Positive = 0.05,
@@ -62,12 +63,14 @@ def eupmu(
 
     Args:
         variant: "implicit", "fast" or "paper", see above.
-        forget: objective on the forget data, minimised; positive in the variant "implicit", which takes its logarithm.
+        forget: objective on the forget data, minimised; above `floor` in the variant "implicit", which takes a logarithm.
         tolerance: how much the retain loss may rise: its share per step ("implicit", "fast"), or its rate per unit step
             ("paper"); negative demands a fall.
         dual_lr: step size of w, > 0.
         dual_decay: weight decay of w, >= 0 ("implicit" and "fast").
         start: first value of w, >= 0.
+        floor: lower bound of the forget loss, subtracted from it before the logarithm ("implicit"): 0 for NPO, refusals and
+            other losses that cannot be negative, -1 / (e beta) for WGA; gradient ascent has none.
         max_multiplier: bound on w, > 0 ("implicit" and "fast"; in "paper" on its use).
         max_norm: of the combined gradient, > 0.
         lr: learning rate of SGD, > 0.
@@ -85,6 +88,7 @@ def eupmu(
             dual_lr,
             dual_decay,
             start,
+            floor,
             max_multiplier=max_multiplier,
         )
     sgd = SGD(lr, momentum, weight_decay)

@@ -18,7 +18,7 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
 @method(
     paper="arXiv:2305.18290",
     tasks=("classification", "causal_lm"),
-    needs={"forget", "retain", "teacher:original|column:win_reference"},
+    needs={"forget", "retain", "teacher:original|column:win_reference|column:refusal_references"},
     dose="steps",
     cost={
         "forward": f"steps * (4 * min(batch, n_forget) + {RETAIN})",
@@ -52,7 +52,8 @@ def idk_dpo(
     Formula: min_theta -(2 / beta) mean over D_f of log sigmoid(beta (r_w - r_l)) + retain_weight mean over D_r of NLL,
     r = S_original - S, S the summed NLL of an answer; w the refusal, l the forget answer. The refusal is the data's
     nested column ``win``, or drawn by the task at every step. S_original is read from the columns ``reference`` and
-    ``win_reference`` where the data have them: with ``win`` and both of these no second model is needed.
+    ``win_reference``, or ``refusal_references`` of the task's list of refusals, where the data have them:
+    ``chain(CacheReference(preferred=True), idk_dpo())`` needs no second model.
 
     Args:
         beta: inverse temperature, > 0.

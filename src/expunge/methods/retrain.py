@@ -26,7 +26,11 @@ _ROWS = "ceil(epochs * ceil(n_retain / min(batch, n_retain))) * min(batch, n_ret
     dose=None,
     promise="exact",
     cost={"forward": _ROWS, "backward": _ROWS},
-    departures={"dose": "there is none: the model starts afresh, so that zero epochs give an untrained model"},
+    departures={
+        "dose": "there is none: the model starts afresh, so that zero epochs give an untrained model",
+        "contract:adapter:causal_lm": "a model is made anew as a whole, and layers with an adapter cannot be",
+        "contract:processes": "it trains with live normalisation and dropout, which several processes cannot share",
+    },
 )
 def retrain(
     *,

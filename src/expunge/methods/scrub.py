@@ -36,6 +36,8 @@ RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * mi
         "temperature": "1 by default, not 2 or 4: the factor T squared sets the speed of the unbounded term, "
         "which a safe default keeps low",
         "norm_stats": "frozen by default; the published runs train with live batch statistics",
+        "contract:cuts": "the first forget pass climbs from a divergence of exactly 0, where the gradient is rounding: "
+        "which way it sets out differs with the cut of a batch and the number of processes",
     },
 )
 def scrub(

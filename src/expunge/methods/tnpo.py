@@ -17,7 +17,7 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
 
 @method(
     paper="arXiv:2502.19301",
-    needs={"forget", "retain", "teacher:original"},
+    needs={"forget", "retain", "teacher:original|column:reference_tokens"},
     tasks=("classification", "causal_lm"),
     dose="steps",
     cost={
@@ -49,6 +49,9 @@ def tnpo(
 
     Formula: min_theta -mean over tokens of D_f of w NLL + retain_weight mean over D_r of NLL, with the constant
     w = 2 p^(beta + extra) / (p^beta + p_original^beta + 1e-5), p = exp(-NLL).
+
+    p_original is read from the forget data's column ``reference_tokens`` where there is one:
+    ``chain(CacheReference(tokens=True), tnpo())`` needs no second model.
 
     Args:
         beta: exponent of the ratio to the original model, > 0.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from expunge.core import Batch, Data, Key, Refused
 from expunge.registry import task
 from expunge.tasks.classification import kl
+from expunge.tasks.refusals import IGNORED, drawn, pasted, table
 from expunge.tasks.regression import CACHED
-
-IGNORED = -100
-"""The label of a token that is not part of the answer, and the filler of a refusal shorter than the longest."""
-COLUMNS = ("input_ids", "attention_mask", "labels")
+from expunge.tasks.token_columns import COLUMNS, check_columns, refuse_rows
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,9 @@ class CausalLM:
     Padding changes no value, on whichever side it is: every row is moved to start with its first real token before the
     model sees it, and what comes back (``logits``, ``outputs``, ``labels``) stands in that order. A token is real when
     it is attended or has a label, so the end-of-sequence token counts even where a mask was made as ``ids != pad``.
+
+    Nor does padding cost anything: columns that are padding in every row asked for never reach the model, and of the
+    prompt no row is multiplied with the vocabulary where a loss asks a model that can leave it out (transformers').
 
     Args:
         vocab: number of tokens V, >= 2.
@@ -82,12 +83,12 @@ class CausalLM:
     def check(self, data: Data, name: str) -> None:
         """Refuse tokens outside the vocabulary, masks with holes, shifted labels, and examples without an answer."""
         for batch in data.batches(256):
-            _check_columns(batch, name)
+            check_columns(batch, name)
             ids, mask, labels = (batch[column] for column in COLUMNS)
             answer = labels != IGNORED
-            _refuse(batch, (ids < 0) | (ids >= self.vocab), name, f"a token outside the vocabulary of {self.vocab}")
-            _refuse(batch, (mask != 0) & (mask != 1), name, "an attention_mask that is not 0 or 1")
-            _refuse(
+            refuse_rows(batch, (ids < 0) | (ids >= self.vocab), name, f"a token outside the vocabulary of {self.vocab}")
+            refuse_rows(batch, (mask != 0) & (mask != 1), name, "an attention_mask that is not 0 or 1")
+            refuse_rows(
                 batch,
                 answer & (labels != ids),
                 name,
@@ -95,8 +96,8 @@ class CausalLM:
             )
             real = ((mask == 1) | answer).int()
             starts = (real[:, 1:] > real[:, :-1]).sum(1) + real[:, 0]
-            _refuse(batch, (starts > 1)[:, None], name, "padding between its tokens")
-            _refuse(
+            refuse_rows(batch, (starts > 1)[:, None], name, "padding between its tokens")
+            refuse_rows(
                 batch,
                 (self.units(batch) == 0)[:, None],
                 name,
@@ -109,7 +110,7 @@ class CausalLM:
 
     def aligned(self, batch: Batch) -> Batch:
         """The three columns with real tokens first and all padding behind them."""
-        real = (batch["attention_mask"] != 0) | (batch["labels"] != IGNORED)
+        real = _real(batch)
         order = torch.argsort(real.int(), dim=1, descending=True, stable=True)
         ids, labels, kept = (column.gather(1, order) for column in (batch["input_ids"], batch["labels"], real))
         return {"id": batch["id"], "input_ids": ids.long(), "attention_mask": kept.long(), "labels": labels.long()}
@@ -118,24 +119,55 @@ class CausalLM:
         """[b, T-1], the token that follows each position in the order of ``logits``; -100 where it is not answer."""
         return self.aligned(batch)["labels"][:, 1:]
 
+    def lengths(self, batch: Batch) -> Tensor:
+        """[b] real tokens of each example; examples of like length together make little padding."""
+        return _real(batch).sum(1)
+
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """[b, T-1, V], what is predicted to follow each position: entry t is judged against ``labels`` entry t."""
+        """[b, T-1, V], what is predicted to follow each position: entry t is judged against ``labels`` entry t.
+
+        0 at places that are padding in every row of the batch.
+        """
         aligned = self.aligned(batch)
-        found = self.call(model, {**batch, **aligned}) if self.call is not None else _logits(model, aligned)
-        wanted = (*aligned["input_ids"].shape, self.vocab)
-        if found.shape != wanted:
-            raise Refused(
-                f"the model returned logits of shape {tuple(found.shape)}: expected {wanted}, one row of {self.vocab} "
-                f"per token; a model whose embedding is padded needs CausalLM(vocab=) of that size"
-            )
-        return found[:, :-1]
+        found = self._called(model, batch, aligned)
+        missing = aligned["input_ids"].shape[1] - found.shape[1]
+        return F.pad(found, (0, 0, 0, missing - 1)) if missing else found[:, :-1]
 
     outputs = logits
 
+    def answer_logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[M, V], the rows of ``logits`` whose label is an answer token, in the order of ``labels != -100``.
+
+        Equal to those rows up to rounding. A model of transformers computes no others.
+        """
+        aligned = self.aligned(batch)
+        judged = aligned["labels"][:, 1:] != IGNORED
+        found = self._called(model, batch, aligned, judged)
+        return found if found.ndim == 2 else found[:, : judged.shape[1]][judged[:, : found.shape[1]]]
+
+    def _called(self, model: nn.Module, batch: Batch, aligned: Batch, judged: Tensor | None = None) -> Tensor:
+        """[b, W, V] on the W columns that are not padding in every row, or [M, V] where `judged` alone can be asked."""
+        width = aligned["input_ids"].shape[1]
+        if self.call is not None:  # it may read columns of the full width
+            found = self.call(model, {**batch, **aligned})
+        else:
+            width = max(1, int(aligned["attention_mask"].sum(1).max()))
+            trimmed = {name: aligned[name][:, :width] for name in COLUMNS}
+            found = _logits(model, trimmed, judged)
+        rows = (len(batch["id"]), width) if found.ndim == 3 or judged is None else (int(judged.sum()),)
+        if found.shape != (*rows, self.vocab):
+            raise Refused(
+                f"the model returned logits of shape {tuple(found.shape)}: expected {(*rows, self.vocab)}, one row of "
+                f"{self.vocab} per token; a model whose embedding is padded needs CausalLM(vocab=) of that size"
+            )
+        return found
+
     def token_nll(self, model: nn.Module, batch: Batch) -> Tensor:
         """[b, T-1] nats in float32 (or the model's float64), 0 where ``labels`` is -100."""
-        logits, labels = _wide(self.logits(model, batch)), self.labels(batch)
-        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        labels = self.labels(batch)
+        judged = labels != IGNORED
+        each = F.cross_entropy(_wide(self.answer_logits(model, batch)), labels[judged], reduction="none")
+        return _spread(each, judged)
 
     def token_statistics(self, model: nn.Module, batch: Batch) -> TokenStatistics:
         """Log-probability of each answer token, and mean and variance of log p over the vocabulary at its place.
@@ -146,14 +178,13 @@ class CausalLM:
         """
         labels = self.labels(batch)
         mask = labels != IGNORED
-        logs = F.log_softmax(_wide(self.logits(model, batch)[mask]), -1)
+        logs = F.log_softmax(_wide(self.answer_logits(model, batch)), -1)
         chosen = logs.gather(1, labels[mask][:, None]).squeeze(1)
         weight = logs.exp()
         logs = torch.where(weight > 0, logs, torch.zeros_like(logs))  # a token ruled out has p log p = 0, not NaN
         mean = (weight * logs).sum(1)
         variance = (weight * (logs - mean[:, None]).square_()).sum(1)
-        empty = torch.zeros(mask.shape, dtype=logs.dtype, device=logs.device)
-        log_probs, mean, variance = (empty.masked_scatter(mask, part) for part in (chosen, mean, variance))
+        log_probs, mean, variance = (_spread(part, mask) for part in (chosen, mean, variance))
         return TokenStatistics(log_probs, mean, variance, mask)
 
     def nll(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -164,14 +195,36 @@ class CausalLM:
         """[b] answer tokens."""
         return (self.labels(batch) != IGNORED).sum(1).float()
 
+    def written(self, model: nn.Module, batch: Batch) -> Batch:
+        """The same prompts with the model's own likeliest answers, at most half as long again as the longest true one.
+
+        An answer ends with the token that all answers of the batch end with, where there is one. Not for a task with
+        ``call=``, of which it is not known how the model goes on from a token.
+        """
+        from expunge.tasks.generation import continuations
+
+        aligned = self.aligned(batch)
+        labels, ids = aligned["labels"].cpu(), aligned["input_ids"].cpu()
+        answers = [ids[row, label != IGNORED].tolist() for row, label in enumerate(labels)]
+        starts = [max(1, int((label != IGNORED).nonzero()[0])) for label in labels]
+        lasts = {answer[-1] for answer in answers}
+        end = next(iter(lasts)) if len(lasts) == 1 else None
+        most = 3 * max(map(len, answers)) // 2 + 1
+        prompts = [ids[row, :start].tolist() for row, start in enumerate(starts)]
+        said = continuations(model, prompts, end, new_tokens=most, batch=len(prompts))
+        whole = [answer if end is None or len(answer) == most else [*answer, end] for answer in said]
+        own = table(whole)[:, None]
+        return {"id": batch["id"], **pasted(aligned, own, torch.zeros(len(whole), dtype=torch.int64))}
+
     def chance(self, batch: Batch) -> float:
         """log V."""
         return math.log(self.vocab)
 
     def divergence(self, model: nn.Module, batch: Batch, target: Tensor, temperature: float = 1.0) -> Tensor:
         """[b] KL(teacher || model) at the temperature, times its square, nats, summed over answer positions only."""
-        each = kl(_wide(self.logits(model, batch)), _wide(target), temperature)
-        return torch.where(self.labels(batch) != IGNORED, each, torch.zeros_like(each)).sum(1)
+        judged = self.labels(batch) != IGNORED
+        each = kl(_wide(self.answer_logits(model, batch)), _wide(target[judged]), temperature)
+        return _spread(each, judged).sum(1)
 
     def relabel(self, batch: Batch, rng: Key) -> Batch:
         """The same prompts with a refusal for an answer; without refusals, with another random token at each answer.
@@ -181,28 +234,51 @@ class CausalLM:
         """
         kept = {name: column for name, column in batch.items() if name not in CACHED}
         aligned, generator = self.aligned(batch), rng.generator()
-        refusals = self._refusals(batch)
+        refusals = self.refusals_of(batch)
         if refusals is not None:
-            return {**kept, **_refused(aligned, refusals, generator)}
+            return {**kept, **pasted(aligned, refusals, drawn(aligned, refusals, generator))}
         ids, labels = aligned["input_ids"], aligned["labels"]
         step = torch.randint(1, self.vocab, ids.shape, generator=generator).to(ids.device)
         answer = labels != IGNORED
         wrong = torch.where(answer, (ids + step) % self.vocab, ids)
         return {**kept, **aligned, "input_ids": wrong, "labels": torch.where(answer, wrong, labels)}
 
-    def _refusals(self, batch: Batch) -> Tensor | None:
+    def refusals_of(self, batch: Batch) -> Tensor | None:
         """[b, n, L] on the CPU, filled up with -100; None where there are none."""
         if "refusals" in batch:
             return batch["refusals"].long().cpu()
-        if not self.refusals:
-            return None
-        longest = max(map(len, self.refusals))
-        table = torch.tensor([[*r, *[IGNORED] * (longest - len(r))] for r in self.refusals])
-        return table.expand(len(batch["id"]), -1, -1)
+        return table(self.refusals).expand(len(batch["id"]), -1, -1) if self.refusals else None
+
+    def refuse(self, batch: Batch, chosen: Tensor) -> Batch:
+        """The same prompts with the refusals of these numbers [b] for answers: what ``relabel`` may draw."""
+        refusals = self.refusals_of(batch)
+        if refusals is None:
+            raise Refused("the task has no refusals: give CausalLM(refusals=) or data with a column 'refusals'")
+        kept = {name: column for name, column in batch.items() if name not in CACHED}
+        return {**kept, **pasted(self.aligned(batch), refusals, chosen.cpu())}
 
 
-def _logits(model: nn.Module, aligned: Batch) -> Tensor:
-    """Call a model as Hugging Face's are called, or as a plain module of token ids."""
+def _real(batch: Batch) -> Tensor:
+    """[b, T] True on tokens that are attended or judged."""
+    return (batch["attention_mask"] != 0) | (batch["labels"] != IGNORED)
+
+
+def _spread(values: Tensor, judged: Tensor) -> Tensor:
+    """[M] values at the M places of [b, U] that are judged, 0 elsewhere."""
+    return torch.zeros(judged.shape, dtype=values.dtype, device=values.device).masked_scatter(judged, values)
+
+
+def _keeps_places(model: nn.Module) -> bool:
+    """Whether the model's forward cuts its hidden states with transformers' helper, which takes a mask of places."""
+    code = getattr(inspect.unwrap(model.forward), "__code__", None)
+    return code is not None and "slice_logits_to_keep" in code.co_names
+
+
+def _logits(model: nn.Module, aligned: Batch, judged: Tensor | None = None) -> Tensor:
+    """Call a model as Hugging Face's are called, or as a plain module of token ids.
+
+    The places that are `judged` [b, T-1] are asked for alone where the model can be: it then returns [M, V].
+    """
     takes = inspect.signature(model.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())  # a wrapper that passes all on
     if "input_ids" not in takes and not anything:
@@ -213,6 +289,12 @@ def _logits(model: nn.Module, aligned: Batch) -> Tensor:
             named["attention_mask"] = aligned["attention_mask"]
         if "use_cache" in takes:
             named["use_cache"] = False  # keys and values of a batch that is never continued
+        if "query_mask" in takes and "labels" in aligned:  # what decides by the question must not see the answer
+            answered = (aligned["labels"] != IGNORED).cumsum(1) > 0
+            named["query_mask"] = aligned["attention_mask"] * ~answered
+        if judged is not None and _keeps_places(model):
+            places = F.pad(judged, (0, 1))[:, : aligned["input_ids"].shape[1]]  # nothing follows the last token
+            named["logits_to_keep"] = places
         output = model(**named)
     if isinstance(output, Tensor):
         return output
@@ -228,54 +310,3 @@ def _logits(model: nn.Module, aligned: Batch) -> Tensor:
 def _wide(logits: Tensor) -> Tensor:
     """At least float32: sums of bfloat16 log-probabilities lose three digits."""
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _refused(aligned: Batch, refusals: Tensor, generator: torch.Generator) -> Batch:
-    """Prompt + drawn refusal, row by row, padded on the right."""
-    ids, labels, mask = (aligned[column].cpu() for column in ("input_ids", "labels", "attention_mask"))
-    prompts, answers = [], []
-    for row, choices in enumerate(refusals):
-        answer = torch.nonzero(labels[row] != IGNORED).flatten()
-        start = int(answer[0]) if len(answer) else int(mask[row].sum())
-        true = ids[row, answer].tolist()
-        wrong = [r for choice in choices if (r := choice[choice != IGNORED].tolist()) and r != true]
-        if not wrong:
-            raise Refused(
-                f"every refusal of example {int(aligned['id'][row])} is empty or its true answer: give another one"
-            )
-        prompts.append(ids[row, :start].tolist())
-        answers.append(wrong[int(torch.randint(len(wrong), (1,), generator=generator))])
-    width = max(ids.shape[1], *(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
-
-    def table(filler: int, rows: Iterable[list[int]]) -> Tensor:
-        return torch.tensor([row + [filler] * (width - len(row)) for row in rows]).to(aligned["input_ids"].device)
-
-    both = list(zip(prompts, answers, strict=True))
-    return {
-        "input_ids": table(0, (p + a for p, a in both)),
-        "attention_mask": table(0, ([1] * (len(p) + len(a)) for p, a in both)),
-        "labels": table(IGNORED, ([IGNORED] * len(p) + a for p, a in both)),
-    }
-
-
-def _check_columns(batch: Batch, name: str) -> None:
-    for column in COLUMNS:
-        if column not in batch:
-            raise Refused(
-                f"{name} data has no column {column!r}: it has {', '.join(batch)}; a language model needs "
-                f"{', '.join(COLUMNS)}"
-            )
-        value = batch[column]
-        if value.ndim != 2 or value.shape != batch["input_ids"].shape or value.is_floating_point():
-            raise Refused(
-                f"{name} column {column!r} is {value.dtype} of shape {tuple(value.shape)}: expected whole numbers "
-                f"[examples, tokens], the same for {', '.join(COLUMNS)}"
-            )
-
-
-def _refuse(batch: Batch, bad: Tensor, name: str, what: str) -> None:
-    rows = torch.nonzero(bad.any(1)).flatten()
-    if len(rows):
-        raise Refused(
-            f"{name} example {int(batch['id'][rows[0]])} has {what} ({len(rows)} such examples): correct or drop them"
-        )

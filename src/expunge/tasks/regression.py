@@ -12,7 +12,7 @@ from expunge.core import Batch, Data, Key, Refused
 from expunge.registry import task
 from expunge.tasks.classification import call_model, check_finite
 
-CACHED = ("reference", "teacher")
+CACHED = ("reference", "reference_tokens", "teacher", "teacher_tokens", "refusal_references")
 """Columns that belong to the true answer: a wrong answer must not carry them."""
 
 

@@ -1,0 +1,307 @@
+"""Texts to forget and to keep, from JSON lines: prompts and answers, conversations, or running text; then token ids.
+
+A line is a JSON object of one of three shapes; other keys are left alone::
+
+    {"prompt": "Who wrote Ardor?", "answer": "Ines Vail."}      also question/answer, prompt/completion, prompt/response
+    {"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}
+    {"text": "a passage, every token of which is learnt"}
+
+Only the answer (the last message; the whole of a text) has labels. Every refusal names the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from expunge.core import Batch, Data, Refused
+
+IGNORED = -100
+PAIRS = (("prompt", "answer"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
+SHAPES = (
+    'expected {"prompt": ..., "answer": ...}, {"question": ..., "answer": ...}, {"messages": [...]} or {"text": ...}'
+)
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One line of a file.
+
+    Attributes:
+        messages: what stands before the answer, as turns; empty for running text.
+        answer: what the model is to say, or the running text.
+        where: file and line, for messages to people.
+    """
+
+    messages: tuple[Message, ...]
+    answer: str
+    where: str
+
+    @property
+    def prompt(self) -> str:
+        """The last thing said before the answer; empty for running text."""
+        return self.messages[-1]["content"] if self.messages else ""
+
+    def answered(self, answer: str) -> Example:
+        """The same prompt with another answer."""
+        return replace(self, answer=answer)
+
+
+def read_texts(path: str | Path) -> tuple[Example, ...]:
+    """The examples of a JSON-lines file, in its order; blank lines are skipped.
+
+    Raises:
+        Refused: for a file that is missing, empty or not UTF-8, and a line that is no JSON object of one of the shapes
+            or has an empty prompt or answer, with its number.
+    """
+    path = Path(path)
+    found = tuple(_example(tree, f"{path} line {line}") for line, tree in _objects(path))
+    if not found:
+        raise Refused(f"{path} has no examples: {SHAPES}, one object per line")
+    return found
+
+
+def _objects(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, text in lines(path):
+        try:
+            yield number, json.loads(text)
+        except json.JSONDecodeError as error:
+            hint = "; the file is one JSON document, give one object per line" if number == 1 and text == "[" else ""
+            raise Refused(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}){hint}") from error
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number from 1 and text of each line that is not blank.
+
+    Raises:
+        Refused: for a file that cannot be read, or is not UTF-8, with the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error.strerror}") from error
+    for number, raw in enumerate(content.split(b"\n"), 1):
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise Refused(f"{path} line {number} is not UTF-8 ({error.reason}): save the file as UTF-8") from error
+        if text:
+            yield number, text
+
+
+def _example(tree: Any, where: str) -> Example:
+    if not isinstance(tree, dict):
+        raise Refused(f"{where} is a {type(tree).__name__}: {SHAPES}")
+    if "messages" in tree:
+        return _conversation(tree["messages"], where)
+    if "text" in tree:
+        return Example((), _text(tree, "text", where), where)
+    for prompt, answer in PAIRS:
+        if prompt in tree and answer in tree:
+            return Example(
+                ({"role": "user", "content": _text(tree, prompt, where)},), _text(tree, answer, where), where
+            )
+    raise Refused(f"{where} has the keys {', '.join(map(str, tree)) or '(none)'}: {SHAPES}")
+
+
+def _conversation(turns: Any, where: str) -> Example:
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise Refused(f"{where}: 'messages' should be a list of at least a question and an answer")
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("role") not in ("system", "user", "assistant"):
+            raise Refused(f"{where}: each message needs a role of system, user or assistant and a content")
+    if turns[-1]["role"] != "assistant":
+        raise Refused(f"{where}: the last message is the {turns[-1]['role']}'s; it should be the assistant's answer")
+    told = tuple({"role": turn["role"], "content": _text(turn, "content", where)} for turn in turns)
+    return Example(told[:-1], told[-1]["content"], where)
+
+
+def _text(tree: Mapping[str, Any], key: str, where: str) -> str:
+    value = tree.get(key)
+    if not isinstance(value, str) or not value.strip():
+        found = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise Refused(f"{where}: {key!r} is {found}: expected a text; correct or drop the line")
+    return value
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a prompt and an answer become one text, for training and for asking alike.
+
+    Args:
+        tokenizer: of the Hugging Face kind.
+        kind: "chat" uses the tokenizer's own chat template; "plain" writes `question` and `lead`; "auto" is chat where
+            the tokenizer has one.
+        question, lead: what stands around a prompt in the plain kind, without a space at the end: that belongs to the first
+            word of the answer. Turns before the last are written one per line.
+
+    Raises:
+        Refused: for chat without a chat template.
+    """
+
+    tokenizer: Any
+    kind: Literal["auto", "chat", "plain"] = "auto"
+    question: str = "Question: {}\n"
+    lead: str = "Answer:"
+
+    def __post_init__(self) -> None:
+        if self.kind == "chat" and not getattr(self.tokenizer, "chat_template", None):
+            raise Refused("the tokenizer has no chat template: use the plain template, or give the tokenizer one")
+
+    @property
+    def chat(self) -> bool:
+        """Whether the tokenizer's chat template is used."""
+        return self.kind == "chat" or (self.kind == "auto" and bool(getattr(self.tokenizer, "chat_template", None)))
+
+    def prompt(self, example: Example, prefix: str = "") -> str:
+        """The text that the model is asked to go on from; `prefix` is put into its mouth."""
+        if not example.messages:
+            return prefix
+        if not self.chat:
+            earlier = "".join(f"{turn['content']}\n" for turn in example.messages[:-1])
+            asked = f"{earlier}{self.question.format(example.prompt)}{self.lead}"
+            return f"{asked} {prefix}" if prefix else asked
+        asked = self._rendered(list(example.messages), example.where, add_generation_prompt=True)
+        return asked + prefix
+
+    def prompt_ids(self, example: Example, prefix: str = "") -> list[int]:
+        """Token ids of ``prompt``."""
+        return self._ids(self.prompt(example, prefix), bare=self.chat and bool(example.messages))
+
+    def ids(self, example: Example) -> tuple[list[int], int]:
+        """Token ids of prompt and answer, its end token included, and how many of them are prompt.
+
+        The text is tokenised as a whole. What the tokens of the prompt alone have in common with it is prompt, so a token
+        that a tokenizer merges across the border belongs to the answer, and no answer loses its labels.
+        """
+        asked = self.prompt_ids(example) if example.messages else []
+        if self.chat and example.messages:
+            turns = [*example.messages, {"role": "assistant", "content": example.answer}]
+            whole = self._ids(self._rendered(turns, example.where).rstrip(), bare=True)
+        else:
+            answer = example.answer.strip() if example.messages else example.answer
+            whole = self._ids(self.prompt(example, answer), bare=False)
+        shared = next((n for n, pair in enumerate(zip(asked, whole, strict=False)) if pair[0] != pair[1]), None)
+        start = min(len(asked), len(whole)) if shared is None else shared
+        if len(whole) == start:
+            raise Refused(f"{example.where}: the answer {example.answer!r} has no token of its own: correct or drop it")
+        end = self.tokenizer.eos_token_id
+        if end is not None and whole[-1] not in self.tokenizer.all_special_ids:
+            whole = [*whole, end]
+        return whole, start
+
+    def _rendered(self, turns: list[Message], where: str, **how: Any) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **how))
+        except TemplateError as error:
+            raise Refused(
+                f"{where}: the tokenizer's chat template does not take this conversation ({error})"
+            ) from error
+
+    def _ids(self, text: str, bare: bool) -> list[int]:
+        """Token ids; a chat template writes the special tokens itself, so a `bare` text gets none."""
+        return list(self.tokenizer(text, add_special_tokens=not bare)["input_ids"])
+
+
+class Texts:
+    """Tokenised examples of unequal length; a batch is padded to the longest of the rows that it holds.
+
+    Args:
+        rows: (token ids, how many of them are prompt) of each example.
+        pad: id that fills up; it is masked, so any id does.
+        examples: what was tokenised, in the same order.
+    """
+
+    in_memory = True
+
+    def __init__(self, rows: Sequence[tuple[list[int], int]], pad: int, examples: Sequence[Example] = ()):
+        self.ids = [torch.tensor(ids, dtype=torch.int64) for ids, _ in rows]
+        self.starts = [start for _, start in rows]
+        self.pad, self.examples = pad, tuple(examples)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def fetch(self, rows: Tensor) -> Batch:
+        """The rows as columns ``input_ids``, ``attention_mask`` and ``labels``, padded on the right."""
+        chosen = rows.tolist()
+        width = max((len(self.ids[row]) for row in chosen), default=0)
+        ids = torch.full((len(chosen), width), self.pad, dtype=torch.int64)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for place, row in enumerate(chosen):
+            size, start = len(self.ids[row]), self.starts[row]
+            ids[place, :size] = self.ids[row]
+            mask[place, :size] = 1
+            labels[place, start:size] = self.ids[row][start:]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples and what a person should know of them.
+
+    Attributes:
+        data: columns ``input_ids``, ``attention_mask`` and ``labels``; ids 0, 1, 2 ... in the order of the examples.
+        examples: in the same order (a long running text is several). notes: sentences; answers that were cut.
+    """
+
+    data: Data
+    examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+
+
+def encode(examples: Sequence[Example], template: Template, *, length: int, first_id: int = 0) -> Encoded:
+    """Tokenise examples for a model that reads up to `length` tokens.
+
+    An answer that goes beyond that is cut, and a note says so; running text becomes as many examples as it takes, each
+    token of which but the first of all is learnt once.
+
+    Args:
+        examples: from ``read_texts``. template: how they are written. length: tokens, >= 2. first_id: of the data.
+
+    Raises:
+        Refused: for no examples, an answer without a token of its own, or a prompt that leaves no room for an answer.
+    """
+    if not examples:
+        raise Refused("there are no texts to tokenise: expected at least one example")
+    if length < 2:
+        raise Refused(f"length must be at least 2 tokens, found {length}")
+    rows: list[tuple[list[int], int]] = []
+    kept: list[Example] = []
+    cut = 0
+    for example in examples:
+        ids, start = template.ids(example)
+        if not example.messages:
+            pieces = _pieces(ids, length, example.where)
+            rows += pieces
+            kept += [example] * len(pieces)
+            continue
+        if start >= length:
+            raise Refused(
+                f"{example.where}: the prompt has {start} tokens and the model reads {length}: shorten or drop it, there "
+                f"is no room for an answer"
+            )
+        cut += len(ids) > length
+        rows.append((ids[:length], start))
+        kept.append(example)
+    pad = template.tokenizer.pad_token_id
+    source = Texts(rows, template.tokenizer.eos_token_id or 0 if pad is None else pad, kept)
+    data = Data(source, torch.arange(len(rows)), torch.arange(first_id, first_id + len(rows)))
+    notes = (f"{cut} of {len(examples)} answers go beyond the {length} tokens that the model reads and were cut",)
+    return Encoded(data, tuple(kept), notes if cut else ())
+
+
+def _pieces(ids: list[int], length: int, where: str) -> list[tuple[list[int], int]]:
+    """Running text in pieces of `length` that overlap by one token, so that each is predicted once."""
+    if len(ids) < 2:
+        raise Refused(f"{where}: the text is a single token, which nothing predicts: correct or drop the line")
+    return [(ids[at : at + length], 1) for at in range(0, len(ids) - 1, length - 1)]

@@ -1,0 +1,134 @@
+"""The guard of a descent: the bound on its retain loss, the looks at it, and the last state that was inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge import runtime
+from expunge.core import Case, Data, Key, eval_mode, lent_stream
+from expunge.journal import load_tree, save_tree
+from expunge.objectives import NLL
+from expunge.oracle import mean_loss
+
+SPILL = 1 << 26
+"""Bytes in scope above which a guard keeps its state in the run's folder, not as a second copy in memory."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Stop a run whose retain loss leaves its bound and stays out, and keep the last state that was inside it.
+
+    Where the run has a folder (``out=``) and what is in scope is large, that state is kept there; else in memory.
+
+    The loss is the task's NLL per unit on a fixed probe of retain examples. Its bound is the loss at the start plus
+    `rise` of the way from there to the loss of a predictor that knows nothing (``task.chance``).
+
+    Args:
+        rise: share of the way to chance that the retain loss may go, in (0, 1].
+        checks: how often over the run, evenly; or after which steps. The last one is at the end in any case.
+        patience: checks in a row that must find the loss outside before the run stops; at the end one is enough.
+        probe: retain examples looked at.
+    """
+
+    rise: float = 0.25
+    checks: int | tuple[int, ...] = 10
+    patience: int = 3
+    probe: int = 128
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+class Kept:
+    """The last state that a guard found good: a file of the run's folder, or a second copy in memory."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self.memory: dict[str, Tensor] = {}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these values, in place of what was kept."""
+        if self.path is not None:
+            save_tree(self.path, tensors)
+        else:
+            self.memory = {}  # let go of the old state before the new one is copied
+            self.memory = {name: value.clone() for name, value in tensors.items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """What was kept."""
+        return self.memory if self.path is None else load_tree(self.path)
+
+
+class Sentry:
+    """The guard at work: the probe, its bound, and the last state inside it."""
+
+    def __init__(self, guard: Guard, case: Case, key: Key, steps: int):
+        self.guard, self.case, self.key = guard, case, key.at("guard")
+        self.data = self._probe()
+        checks = guard.checks
+        even = [math.ceil((i + 1) * steps / checks) for i in range(checks)] if isinstance(checks, int) else checks
+        self.at = {step for step in even if step < steps} | {steps}
+        self.bound = math.inf
+        self.kept = Kept()
+        self.kept_step, self.outside, self.start = 0, 0, math.nan
+
+    def _probe(self) -> Data | None:
+        data = self.case.request.retain or self.case.request.valid
+        if data is None:
+            self.case.meter.note("no retain or validation data was given: nothing could watch the loss of utility")
+            return None
+        order = torch.randperm(len(data), generator=self.key.at("probe").generator())
+        return data.select(order[: self.guard.probe].sort().values)
+
+    def begin(self, now: Mapping[str, Tensor]) -> None:
+        if self.data is not None:
+            self.start = self._loss()
+            first = next(iter(self.data.batches(len(self.data))))
+            chance = self.case.task.chance(first)
+            self.bound = self.start + self.guard.rise * max(chance - self.start, 0.05 * abs(chance))
+            self.kept.write(now)
+
+    def due(self, step: int) -> bool:
+        return self.data is not None and step in self.at
+
+    def check(self, step: int, now: Mapping[str, Tensor]) -> str | None:
+        """None inside the bound (the state `now` is then kept); outside it, the sentence that says so."""
+        loss = self._loss()
+        if math.isfinite(loss) and loss <= self.bound:
+            if runtime.finite(now):  # a weight that these examples do not use may be broken all the same
+                self.kept.write(now)
+                self.kept_step, self.outside = step, 0
+            return None
+        self.outside += 1
+        if self.outside < self.guard.patience and step < max(self.at) and math.isfinite(loss):
+            return None
+        return (
+            f"stopped at step {step} of {max(self.at)}: the retain loss rose from {self.start:.4g} to {loss:.4g}, above "
+            f"its bound {self.bound:.4g}; the state of step {self.kept_step} was kept"
+        )
+
+    def _loss(self) -> float:
+        assert self.data is not None
+        with self.case.meter.checking(), eval_mode(self.case.model), lent_stream(self.key):
+            return mean_loss(self.case, self.data, NLL(), min(256, len(self.data)), self.key)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "kept": self.kept.memory,
+            "kept_step": self.kept_step,
+            "outside": self.outside,
+            "start": self.start,
+            "bound": self.bound,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.kept.memory, self.kept_step = state["kept"], state["kept_step"]
+        self.outside, self.start, self.bound = state["outside"], state["start"], state["bound"]
