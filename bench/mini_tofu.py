@@ -51,10 +51,12 @@ SEEDS = (0, 1, 2)
 TRAINING, SHAPE = Training(epochs=40, batch=32, lr=2.5e-3), Shape()
 MODELS = {"original": (0, True), "retrained": (0, False), "retrained again": (1, False)}
 """Name -> (seed of the weights and the order, whether it sees the forget authors)."""
-POINTS = (0, 4, 8, 12, 16, 22, 30, 42, 64, 96)
+POINTS = (8, 16, 22, 30, 42, 64)
+LATE = (4, 8, 12, 16, 22, 30, 42, 64, 96)
+"""Steps after which a run is looked at; ``LATE`` those of the runs that show where a method ends up."""
 ALPHAS = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 BITS = (8, 4)
-STEPS, BATCH = POINTS[-1], 20
+STEPS, LONG, BATCH = POINTS[-1], LATE[-1], 20
 """All forget examples come by every third step."""
 SLOW, RATE, FAST = 1e-4, 3e-4, 1e-3
 """Rates of Adam: for rounding, for most runs, and for where a run ends up."""
@@ -67,24 +69,28 @@ def free(stage: Any, **changes: Any) -> Stage:
     return replace(stage.stage, guard=None, **changes)
 
 
-def npo(lr: float, retain: float, **changes: Any) -> Stage:
-    """NPO as published, beta 0.1, without a second model."""
-    stage = free(methods.npo(beta=0.1, retain_weight=retain, lr=lr, steps=STEPS, batch=BATCH), **changes)
+def npo(lr: float, steps: int, **changes: Any) -> Stage:
+    """NPO with a retain term, as published but for the optimizer, without a second model."""
+    stage = free(methods.npo(beta=0.1, retain_weight=1.0, lr=lr, steps=steps, batch=BATCH), **changes)
     return chain(CacheReference(), stage)
 
 
 RUNS: dict[str, Callable[[], Stage]] = {
-    "gradient_ascent": lambda: free(methods.gradient_ascent(lr=FAST, steps=STEPS, batch=BATCH)),
-    "grad_diff": lambda: free(methods.grad_diff(forget_weight=1.0, lr=FAST, steps=STEPS, batch=BATCH)),
-    "npo_fast": lambda: npo(FAST, 1.0),
-    "npo_retain": lambda: npo(RATE, 1.0),
-    "npo_slow": lambda: npo(SLOW, 1.0),
+    "gradient_ascent": lambda: free(methods.gradient_ascent(lr=FAST, steps=LONG, batch=BATCH)),
+    "grad_diff": lambda: free(methods.grad_diff(forget_weight=1.0, lr=FAST, steps=LONG, batch=BATCH)),
+    "npo_fast": lambda: npo(FAST, LONG),
+    "npo_retain": lambda: npo(RATE, STEPS),
+    "npo_slow": lambda: npo(SLOW, LONG),
     "idk_nll": lambda: free(methods.idk_nll(lr=RATE, steps=STEPS, batch=BATCH)),
     "simnpo": lambda: free(methods.simnpo(beta=2.5, retain_weight=1.0, lr=RATE, steps=STEPS, batch=BATCH)),
-    "npo_projection": lambda: npo(RATE, 1.0, combine=OneSidedProjection(tolerance=-1.0)),
-    "npo_eupmu": lambda: npo(RATE, 1.0, combine=FastImplicitSurgery()),
+    "npo_projection": lambda: npo(RATE, STEPS, combine=OneSidedProjection(tolerance=-1.0)),
+    "npo_eupmu": lambda: npo(RATE, STEPS, combine=FastImplicitSurgery()),
+    "npo_retain_long": lambda: npo(RATE, LONG),
+    "npo_eupmu_long": lambda: npo(RATE, LONG, combine=FastImplicitSurgery()),
 }
 """Name -> stage. ``npo_retain`` is NPO with a retain term; the others named npo differ in rate or combiner alone."""
+LATER = ("gradient_ascent", "grad_diff", "npo_fast", "npo_slow", "npo_retain_long", "npo_eupmu_long")
+ROUNDED = ("npo_retain", "npo_slow")
 NAMES = (*MODELS, *RUNS, "task_vector")
 Point = dict[str, Any]
 
@@ -95,6 +101,7 @@ class Look:
 
     bench: Bench
     at: tuple[int, ...]
+    rounded: bool
     kept: list[dict[str, Any]]
 
     def due(self, done: int) -> bool:
@@ -102,12 +109,12 @@ class Look:
 
     def look(self, case: Case) -> dict[str, float]:
         step = len(case.meter.history) + 1
-        self.kept.append({"step": step, **items(self.bench, case.model)})
+        self.kept.append({"step": step, **items(self.bench, case.model, self.rounded)})
         return {}
 
 
-def items(bench: Bench, model: nn.Module) -> dict[str, Any]:
-    """What one model said, in lists that go to JSON, and what its rounded copies remember."""
+def items(bench: Bench, model: nn.Module, also_rounded: bool = True) -> dict[str, Any]:
+    """What one model said, in lists that go to JSON, and what its rounded copies remember where that is asked."""
     scored = score(bench, model, retain=RETAINED)
     forget = scored.said["forget"]
     found = {
@@ -120,7 +127,7 @@ def items(bench: Bench, model: nn.Module) -> dict[str, Any]:
         "long": scored.long.astype(int),
         "members": {name: pair for name, pair in scored.members.items()},
         "retain": per_item(scored.said["retain"], "retain"),
-        "rounded": {str(bits): rounded(bench, model, bits) for bits in BITS},
+        "rounded": {str(bits): rounded(bench, model, bits) for bits in BITS if also_rounded},
     }
     return json.loads(json.dumps(found, default=lambda a: np.round(a, 6).tolist()))
 
@@ -157,31 +164,31 @@ def trained(folder: Path, bench: Bench, seed: int, name: str) -> nn.Module:
     return model
 
 
-def case_of(bench: Bench, original: nn.Module, seed: int, kept: list[dict[str, Any]]) -> Case:
+def case_of(bench: Bench, original: nn.Module, seed: int, kept: list[Point], name: str) -> Case:
     """A copy of the original to work on."""
     model = llama(bench.task.vocab, SHAPE)
     model.load_state_dict(original.state_dict())
-    look: Any = Look(bench, POINTS, kept)
+    look: Any = Look(bench, LATE if name in LATER else POINTS, name in ROUNDED, kept)
     return Case(model, bench.request(), bench.task, Scope.all(model), rng=Key(seed).at("unlearn"), watch=look)
 
 
-def curve(bench: Bench, original: nn.Module, seed: int, start: Point, stage: Stage) -> list[Point]:
+def curve(bench: Bench, original: nn.Module, seed: int, start: Point, name: str) -> list[Point]:
     """A run looked at along the way; `start` is what the original said."""
     kept = [{"step": 0, **start}]
-    stage(case_of(bench, original, seed, kept))
+    RUNS[name]()(case_of(bench, original, seed, kept, name))
     return kept
 
 
 def task_vector(bench: Bench, original: nn.Module, seed: int, start: Point) -> list[Point]:
     """The original less alpha times what fine-tuning on the forget data changes, without a guard, for every alpha."""
-    case = replace(case_of(bench, original, seed, []), watch=None)
+    case = replace(case_of(bench, original, seed, [], "task_vector"), watch=None)
     before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
     Descend(forget=NLL(), optimizer=Adam(1e-3), steps=40, batch=BATCH)(case)
     after = {name: p.detach().clone() for name, p in case.model.named_parameters()}
     kept = [{"step": 0, "alpha": 0.0, **start}]
     for alpha in ALPHAS:
         edit(case, extrapolate(before, after, -alpha))
-        kept.append({"step": 40, "alpha": alpha, **items(bench, case.model)})
+        kept.append({"step": 40, "alpha": alpha, **items(bench, case.model, False)})
     return kept
 
 
@@ -202,7 +209,7 @@ def one(name: str, seed: int) -> None:
         if name == "task_vector":
             kept = task_vector(bench, original, seed, start)
         else:
-            kept = curve(bench, original, seed, start, RUNS[name]())
+            kept = curve(bench, original, seed, start, name)
     seconds = time.process_time() - started
     write_bytes(path, json.dumps({"seconds": seconds, "points": kept}).encode())
     say(f"seed {seed}: {name} in {seconds:.0f} s")
@@ -285,12 +292,13 @@ def main() -> None:
         for name in given.only or NAMES:
             for seed in SEEDS:
                 one(name, seed)
-    if given.what == "judge" or (given.what == "run" and not given.only):
+    whole = given.what == "run" and not given.only
+    if whole or given.what == "judge":
         found = judge(SEEDS)
         write_bytes(RESULT, packed(found).encode())
         for name, finding in found["findings"].items():
             say(f"{name}: {finding['verdict']}")
-    if given.what != "judge" and RESULT.exists():
+    if whole or given.what == "write":
         mini_tofu_pages.write(json.loads(RESULT.read_text()))
 
 

@@ -54,7 +54,7 @@ def draw(panels: Sequence[Panel]) -> str:
     width, per_row = WIDTH * len(panels), max(1, WIDTH * len(panels) // 190)
     height = HEIGHT + 18 * math.ceil(len(labels) / per_row) + 6
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="11" fill="{GREY}">'
     ]
     parts += [_panel(panel, n * WIDTH, colours) for n, panel in enumerate(panels)]
@@ -147,8 +147,10 @@ def figures(found: Mapping[str, Any]) -> dict[str, str]:
     lowest = min(row["log10_quality"] for row in rows)
     quality = ("log10 forget quality", min(-8.0, 4.0 * math.floor(lowest / 4)), 0.0)
 
+    there = {row["run"] for row in rows}
+
     def panel(title: str, y: str, what: str, runs: Sequence[str], low: float, high: float, **more: Any) -> Panel:
-        return Panel(title, "steps", y, low, high, [line(rows, run, what) for run in runs], **more)
+        return Panel(title, "steps", y, low, high, [line(rows, run, what) for run in runs if run in there], **more)
 
     def pair(runs: Sequence[str]) -> list[Panel]:
         name, low, high = quality
@@ -193,6 +195,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, str]:
             level=level_of(rows, "forget_probability"),
         )
         for run in ("npo_retain", "npo_slow")
+        if run in there
     ]
     idk = ("idk_nll", "npo_retain")
     drawn = {

@@ -80,9 +80,14 @@ def main() -> None:
     )
     if not launched or dist.get_rank() == 0:
         last = done.record["history"][-1]
-        said = {"processes": done.record["machine"]["processes"], "forget": last["loss/forget"], "retain": last["loss/retain"]}
+        said = {
+            "processes": done.record["machine"]["processes"],
+            "forget": last["loss/forget"],
+            "retain": last["loss/retain"],
+        }
         print(json.dumps(said))
     if launched:
+        dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
 
 

@@ -171,7 +171,7 @@ def run(
         if value is not None:
             given.setdefault(section, {})[key] = value
     overrides = list(overrides or ())
-    if file is not None and "=" in file.name and not file.exists():
+    if file is not None and "=" in str(file) and not file.exists():
         file, overrides = None, [str(file), *overrides]  # without a run file the first setting stands in its place
     if file is None:
         needed = ("--task", "--model", "--forget", "--method")
@@ -195,6 +195,7 @@ def run(
         lines = [
             f"{record['method']} was run to forget {record['examples'].get('forget', 0):,} examples: {cost['seconds']:.1f} s, "
             f"{cost['forward']:,} rows forward, {cost['backward']:,} backward",
+            *_memory(cost),
             *record["notes"],
             *done.notes,
         ]
@@ -235,7 +236,7 @@ def audit(
     from expunge.spec import RunSpec
 
     overrides = list(overrides or ())
-    if file is not None and "=" in file.name and not file.exists():
+    if file is not None and "=" in str(file) and not file.exists():
         file, overrides = None, [str(file), *overrides]  # without a run file the first setting stands in its place
     options: dict[str, dict[str, Any]] = {
         "data": {"train": data, "label": label},
@@ -365,6 +366,18 @@ def explain(method: Annotated[str, typer.Argument(help="A registered method.")],
     from rich.markdown import Markdown
 
     _print(Markdown(page(method)))
+
+
+def _memory(cost: Mapping[str, Any]) -> list[str]:
+    """Peak memory and time of a step, as predicted before each loop and as measured."""
+    from expunge.predict import shown
+
+    return [
+        f"peak memory {shown(loop['measured']['peak_bytes'])} (predicted {shown(loop['peak_bytes'])}), "
+        f"{loop['measured']['step_seconds']:.3g} s a step (predicted {loop['step_seconds']:.3g})"
+        for loop in cost.get("predicted", ())
+        if "measured" in loop
+    ]
 
 
 def _gated(report: Report | None) -> int:

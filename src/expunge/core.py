@@ -282,6 +282,7 @@ class Case:
         meter: what the run has cost and recorded.
         journal: where checkpoints go; None keeps none.
         watch: what to measure along the run; None measures nothing.
+        pieces: that every batch of a gradient loop is cut into, at least; the update is the same to rounding.
     """
 
     model: nn.Module
@@ -293,6 +294,7 @@ class Case:
     meter: Meter = field(default_factory=Meter)
     journal: Journal | None = None
     watch: Probes | None = None
+    pieces: int = 1
 
     @contextlib.contextmanager
     def teacher(self, name: str, *, differentiable: bool = False) -> Iterator[nn.Module]:

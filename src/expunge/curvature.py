@@ -7,7 +7,7 @@ batch gradients does, by a factor of the batch size). A ``weight`` column is res
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,24 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
 
 def squares(case: Case, data: Data, objective: Objective, chunk: int, key: Key) -> tuple[Grads, float]:
     """(sum over examples of w_i g_i^2, sum of w_i): what ``fisher`` divides, so that data sets can be added up."""
+    return _summed(case, data, objective, chunk, key, torch.square)
+
+
+def absolutes(case: Case, data: Data, objective: Objective, chunk: int, key: Key) -> tuple[Grads, float]:
+    """(sum over examples of w_i |g_i|, sum of w_i)."""
+    return _summed(case, data, objective, chunk, key, torch.abs)
+
+
+def _summed(
+    case: Case, data: Data, objective: Objective, chunk: int, key: Key, size: Callable[[Tensor], Tensor]
+) -> tuple[Grads, float]:
     total: Grads = {}
     weights = 0.0
     for grads, weight in _parts(case, data, objective, chunk, key):
         weights += float(weight.sum())
         for name, grad in grads.items():
             wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
-            part = torch.tensordot(weight.to(wide.dtype), wide.square(), 1)
+            part = torch.tensordot(weight.to(wide.dtype), size(wide), 1)
             total[name] = total[name].add_(part) if name in total else part
     if weights <= 0:
         raise Refused(f"the weights of {len(data)} examples sum to {weights:g}: expected at least one positive weight")

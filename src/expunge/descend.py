@@ -22,7 +22,7 @@ from expunge.guard import Guard
 from expunge.meter import peak_bytes
 from expunge.optim import SGD, Constant, Optimizer, Schedule
 from expunge.oracle import Diverged, Draws, On, Oracle, differentiable
-from expunge.predict import predict
+from expunge.predict import predict, shown
 from expunge.progress import progress, say
 from expunge.scope import Guarded
 
@@ -103,10 +103,10 @@ class Descend:
             raise Refused(
                 f"Descend needs exactly one of steps and epochs, found steps={self.steps}, epochs={self.epochs}"
             )
-        if self.accumulate > 1 and self.norm_stats == "live":
+        if max(self.accumulate, case.pieces) > 1 and self.norm_stats == "live":
             raise Refused(
-                "accumulate > 1 with norm_stats='live' is refused: batch statistics would depend on how a batch "
-                "is cut; use norm_stats='frozen' or accumulate=1"
+                "accumulate > 1 (or a run in pieces) with norm_stats='live' is refused: batch statistics would depend on how "
+                "a batch is cut; use norm_stats='frozen' or one piece"
             )
         if runtime.world() > 1 and self.norm_stats == "live":
             raise Refused(
@@ -196,6 +196,7 @@ class _Run:
         self.sizes = {role: plan.size(role) for role in roles}
         self.lengths = _lengths(case, roles) if plan.order == "bucketed" else {}
         self.watched = guards.Sentry(plan.guard, case, key, steps) if plan.guard is not None else None
+        self.predicted: dict[str, Any] | None = None
         self.step = 0
 
     @property
@@ -237,20 +238,20 @@ class _Run:
             with self._noise():
                 self.plan.combine.combine(oracle, self.plan.combine.init())
 
-        with meter.checking():
-            found = predict(
-                self.steps, [model, *teachers], self.scope.parameters, self.plan.optimizer.build, probe
-            )
+        with meter.checking(), contextlib.suppress(Diverged):  # the first step will say so, and a guard may help
+            found = predict(self.steps, [model, *teachers], self.scope.parameters, self.plan.optimizer.build, probe)
+            self.predicted = found.describe()
+            meter.predicted.append(self.predicted)
+            say(found.sentence())
         for name, value in buffers.items():
             model.get_buffer(name).copy_(value)
-        meter.predicted.append(found.describe())
-        say(found.sentence())
 
     def _compare(self, begun: float, first: int) -> None:
         """Put what the loop took beside what it was expected to take."""
-        if self.case.meter.predicted and self.step > first:
-            seconds = (time.perf_counter() - begun) / (self.step - first)
-            self.case.meter.predicted[-1]["measured"] = {"step_seconds": seconds, "peak_bytes": peak_bytes()}
+        if self.predicted is not None and self.step > first:
+            seconds, peak = (time.perf_counter() - begun) / (self.step - first), peak_bytes()
+            self.predicted["measured"] = {"step_seconds": seconds, "peak_bytes": peak}
+            say(f"measured: peak memory {shown(peak)}, {seconds:.3g} s a step, checks included")
 
     def _advance(self) -> bool:
         """One step; False when the guard stopped the run."""
@@ -279,7 +280,7 @@ class _Run:
             self.case,
             self.roles,
             draws,
-            accumulate=self.plan.accumulate,
+            accumulate=max(self.plan.accumulate, self.case.pieces),
             step=self.step,
             progress=share,
             lr=self.optimizer.param_groups[0]["lr"],

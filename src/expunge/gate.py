@@ -188,6 +188,14 @@ def fitted(
     return fit(states, key.at("held"), held, NU, offset).to(runtime.device_of(case.model))
 
 
+def alike(one: nn.Module | None, other: nn.Module | None) -> bool:
+    """Whether two encoders say the same: none both, or of equal weights."""
+    if one is None or other is None:
+        return one is other
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
+
+
 def inner_scope(scope: Scope) -> Scope:
     """The scope of a gated model under the names of the model in it."""
     masks = {name.removeprefix("model."): mask for name, mask in scope.masks.items() if name.startswith("model.")}

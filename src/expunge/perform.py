@@ -90,6 +90,8 @@ def perform(spec: RunSpec) -> Performed:
         scope=spec.run.scope,
         every=spec.run.every,
         watch=_watch(spec, workload),
+        predict=workload.language is not None,
+        pieces=spec.run.pieces,
     )
     if workload.language is not None and spec.out is not None and not spec.model.four_bit:
         workload.language.save(outcome.model, spec.out, spec.out / WEIGHTS)
@@ -177,7 +179,7 @@ def judged(
         _check_references(subject)
     report = audit(subject, also=also, trust_references=spec.audit.trust)
     if workload.language is not None:
-        notes = (*report.notes, *_about_answers(report))
+        notes = (*report.notes, *workload.language.notes, *_about_answers(report))
         report = replace(report, exchanges=_answers(workload.language, subject), notes=notes)
     with writing(folder):
         report.save(folder)

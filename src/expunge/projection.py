@@ -78,14 +78,14 @@ def initial_rows(forget: Tensor, retain: Tensor, kept: Tensor, rank: int, energy
         rank: directions wanted, >= 1. energy: share, in [0, 1].
 
     Raises:
-        Refused: where fewer than `rank` directions are left, or the forget states have nothing outside of the span.
+        Refused: where taking `rank` directions would leave none, or the forget states have nothing outside of the span.
     """
     width = len(forget)
     room = width - len(kept) - rank
-    if room < 0:
+    if room < 1:
         raise Refused(
-            f"cannot take {rank} more directions out of states of width {width}, of which {len(kept)} are out already: "
-            f"give a rank of at most {width - len(kept)}"
+            f"cannot take {rank} more directions out of states of width {width}, of which {len(kept)} are out already: one "
+            f"at least must be left, give a rank of at most {width - len(kept) - 1}"
         )
     values, vectors = torch.linalg.eigh(retain)
     values = values.flip(0).clamp_min(0)
@@ -121,6 +121,11 @@ def projections(model: nn.Module) -> dict[str, Projection]:
         for name, module in model.named_modules()
         if isinstance(child := module._modules.get(CHILD), Projection)
     }
+
+
+def outside(model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the modules that are no projection themselves, which a pattern may match as well."""
+    return [name for name in names if not isinstance(model.get_submodule(name), Projection)]
 
 
 def attach(module: nn.Module, kept: Tensor) -> Projection:
@@ -203,7 +208,12 @@ def rebuilt(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     end = f".{CHILD}.kept"
     for name, value in weights.items():
         if name.endswith(end):
-            module = model.get_submodule(name.removesuffix(end))
+            path, known = name.removesuffix(end), dict(model.named_modules())
+            module = known.get(path) or known.get(path.removeprefix("model."))  # a gate was put over the model since
+            if module is None:
+                raise Refused(
+                    f"the weights project {path!r}, which the model does not have: give a model of the same kind"
+                )
             if not isinstance(module._modules.get(CHILD), Projection):
                 attach(module, torch.empty(0))
             module.get_submodule(CHILD).register_buffer("kept", value.new_zeros(value.shape))

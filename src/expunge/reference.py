@@ -54,7 +54,7 @@ class CacheReference:
             `preferred` where there is neither a column ``win`` nor a fixed list of refusals.
     """
 
-    batch: int = 256
+    batch: int = 32
     tokens: bool = False
     preferred: bool = False
     folder: str | None = None

@@ -314,8 +314,11 @@ def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
 
 
 _PARTS = {
-    "objectives": (("objectives", "token_objectives", "preference", "confidence"), "__call__"),
-    "combiners": (("combine", "implicit", "compose", "constrained", "smooth", "salient_rows"), "combine"),
+    "objectives": (("objectives", "token_objectives", "preference", "confidence", "label_smoothing"), "__call__"),
+    "combiners": (
+        ("combine", "implicit", "compose", "constrained", "smooth", "salient_rows", "rectify", "balance"),
+        "combine",
+    ),
 }
 
 

@@ -67,6 +67,7 @@ def unlearn(
     shard: Callable[[nn.Module], nn.Module] | None = None,
     watch: Watch | None = None,
     predict: bool = False,
+    pieces: int = 1,
 ) -> Outcome:
     """Make a trained model forget.
 
@@ -89,6 +90,8 @@ def unlearn(
             like): a sharded model cannot be copied, so the copy comes first. Every process makes the same call; the first
             one writes, and no checkpoint is kept inside the run.
         watch: measure the model along the run, for the record; the result does not change by a bit.
+        pieces: cut every batch into so many, to save memory: the update is the same to rounding. Not with live
+            normalisation.
         predict: say before each loop of steps what peak memory and time it will take, on a terminal and in the record
             (``cost.predicted``, beside what was measured). It costs two gradients of the first step, counted as checks;
             the result does not change by a bit.
@@ -98,6 +101,8 @@ def unlearn(
         RunFailed: for a run that could not finish.
     """
     _check_kinds(model, request, task)
+    if not isinstance(pieces, int) or isinstance(pieces, bool) or pieces < 1:
+        raise Refused(f"pieces must be a whole number of at least 1, found {pieces!r}")
     name, stage = resolve(method)
     runtime.reshard(model)
     if copy and any(runtime.sharded(p) for p in model.parameters()):
@@ -110,7 +115,7 @@ def unlearn(
     check_stage(stage, request, teachers)
     chosen = _scope(model, scope)
     probes = None if watch is None else _probes(watch, request, task, seed)
-    identity = _identity(name, stage, seed, model, request, task, chosen, probes)
+    identity = {**_identity(name, stage, seed, model, request, task, chosen, probes), "pieces": pieces}
     if not runtime.same(identity):
         raise Refused("the processes of this run hold different models, data or settings: give each of them the same")
     folder = None if out is None else runtime.on_first(lambda: _open(Path(out), identity, model))
@@ -130,6 +135,7 @@ def unlearn(
         meter,
         Journal(folder / "checkpoint", every) if folder is not None and runtime.world() == 1 else None,
         probes,
+        pieces,
     )
     start = _looked(case, probes)
     case = _run(stage, case)
@@ -337,7 +343,9 @@ def check_folder(folder: Path, needed: int = 1 << 20) -> Path:
             f"some, or give another out folder"
         )
     if not (folder / "run.json").exists():
-        strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in (REFERENCES, ALTERNATES))
+        strangers = sorted(
+            p.name for p in folder.iterdir() if not p.name.startswith(".") and p.name not in (REFERENCES, ALTERNATES)
+        )
         if strangers:
             raise Refused(
                 f"{folder} is not empty and holds no run of expunge (found {strangers[0]!r}): give an empty or new folder"

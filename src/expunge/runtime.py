@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from expunge.core import Grads, RunFailed, map_tensors
 
 T = TypeVar("T")
+MESSAGE = 1 << 20
+"""Gradient entries sent together at most."""
 
 
 def world() -> int:
@@ -168,13 +170,33 @@ def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
             f"depends on them; widen the scope, or check that the model does not detach its output"
         )
     if world() > 1:
-        for name, grad in grads.items():
+        for grad in grads.values():
             if sharded(grad):
                 local(grad).mul_(world())  # FSDP averages over processes, a sum is wanted
-            else:
-                grads[name] = grad.contiguous()
-                dist.all_reduce(grads[name])
+        _sum_plain(grads)
     return grads
+
+
+def _sum_plain(grads: Grads) -> None:
+    """Sum plain gradients over processes in place of themselves; small ones share a message, which costs more than they do."""
+    groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, grad in grads.items():
+        if sharded(grad):
+            continue
+        if grad.numel() > MESSAGE:
+            grads[name] = grad.contiguous()
+            dist.all_reduce(grads[name])
+        else:
+            groups.setdefault((grad.dtype, grad.device), []).append(name)
+    for names in groups.values():
+        while names:
+            together = [names.pop(0)]
+            while names and sum(grads[name].numel() for name in (*together, names[0])) <= MESSAGE:
+                together.append(names.pop(0))
+            flat = torch.cat([grads[name].reshape(-1) for name in together])
+            dist.all_reduce(flat)
+            for name, part in zip(together, flat.split([grads[name].numel() for name in together]), strict=True):
+                grads[name] = part.reshape(grads[name].shape)
 
 
 def dot(a: Grads, b: Grads) -> float:

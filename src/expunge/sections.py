@@ -107,6 +107,7 @@ class RunSection(Section):
     watch: WholeNumber = 0
     watch_examples: Annotated[int, Field(ge=1)] = 512
     adapter: str | dict[str, Any] | None = None
+    pieces: Annotated[int, Field(ge=1)] = 1
 
     def adapted(self, stage: Stage, merge: bool = True) -> Stage:
         """The stage in the adapter that is asked for, which is saved beside the run's weights; itself without one.

@@ -40,7 +40,7 @@ class Cached:
         return self.stage(case)
 
 
-def lean(stage: Stage, request: Request, task: Task, *, folder: str | None = None, batch: int = 256) -> Stage:
+def lean(stage: Stage, request: Request, task: Task, *, folder: str | None = None, batch: int = 32) -> Stage:
     """The stage made ready for ``unlearn(..., copy=False)``: the original model is never held beside the one that changes.
 
     References that a column of the forget data can hold are cached before the first step. What asks the original model

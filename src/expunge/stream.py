@@ -54,6 +54,6 @@ def chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        flat = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data

@@ -92,6 +92,7 @@ class Language:
             left = asked - {(example.prompt, example.answer) for example in told.true}
             if left:
                 raise Refused(f"{kept} has no alternate for the question {sorted(left)[0][0]!r}: add one")
+            told = told.asked_as(self.texts["forget"].examples)
         else:
             model, words = self.found.model, self.found.tokenizer
             told = make_alternates(model, words, self.texts["forget"].examples, rng=rng.at("alternates"))
@@ -117,15 +118,19 @@ class Language:
     def asked(self, wanted: Mapping[str, int] = ASKED) -> list[tuple[str, str, str, list[int]]]:
         """Questions to show a person: (part, question, true answer, token ids of the prompt), spread over the files.
 
-        Of running text the first half is the question and the second the answer.
+        Of running text the first half is the question and the second the answer. Of a prompt that leaves no room for an
+        answer, the model is asked the last three quarters.
         """
+        context = self.found.context
         template = Template(self.found.tokenizer, self.template)  # type: ignore[arg-type]
         found = []
         for part, count in wanted.items():
             for place in spread(len(self.texts[part].examples), count) if part in self.texts else ():
                 example = self.texts[part].examples[place]
                 if example.messages:
-                    found.append((part, example.prompt, example.answer, template.prompt_ids(example)))
+                    ids = template.prompt_ids(example)
+                    ids = ids if len(ids) < context else ids[-(3 * context // 4) :]
+                    found.append((part, example.prompt, example.answer, ids))
                     continue
                 ids = self.texts[part].data.source.ids[place].tolist()  # type: ignore[attr-defined]
                 half = max(1, len(ids) // 2)
@@ -193,11 +198,24 @@ def read_language(spec: RunSpec) -> Language:
     for name, told in examples.items():
         texts[name] = found.encode(told, spec.data.template, spec.data.length, first)
         first += len(texts[name].data)
-    task = found.task(refusals)
+    task = found.task(refusals, spec.data.template)
+    _room(texts, task, found.context)
     check_fit(found.model, task, texts["forget"].data)
     model = spec.model
     length = spec.data.length or found.context
     return Language(found, texts, task, spec.data.template, model.dtype, length, model.four_bit, model.tokenizer)
+
+
+def _room(texts: Mapping[str, Encoded], task: CausalLM, context: int) -> None:
+    """Refuse prompts that leave no room for the longest refusal: some models have no place for more tokens."""
+    longest = max(map(len, task.refusals), default=0)
+    for encoded in texts.values():
+        for start, example in zip(encoded.data.source.starts, encoded.examples, strict=True):  # type: ignore[attr-defined]
+            if longest and start + longest > context:
+                raise Refused(
+                    f"{example.where}: the prompt has {start} tokens, which leaves no room for a refusal of {longest} in the "
+                    f"{context} that the model reads: shorten one of them"
+                )
 
 
 def _apart(examples: Mapping[str, tuple[Example, ...]]) -> None:

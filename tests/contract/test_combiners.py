@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "ZerothOrder": {"directions": 0, "mu": 1e-6},
     "Clip": {"max_norm": 1e3},
     "SalientRows": {"percentile": 0.0},
+    "Rectified": {"gamma": 0.0, "bank": 1},
 }
 COMBINERS: dict[str, Combiner] = {name: kind(**ARGUMENTS.get(name, {})) for name, kind in KINDS.items()}
 COMBINERS |= {f"ImplicitSurgery {form}": ImplicitSurgery(form=form, start=0.5) for form in ("log", "raw", "paper")}
@@ -39,6 +40,7 @@ PROTECTING = {
     "FastImplicitSurgery",
     "PrimalDual",
     "SafeGrad",
+    "Rectified",
     *(name for name in COMBINERS if name.startswith("ImplicitSurgery")),
 }
 INVARIANT = {"Nash", "ImplicitSurgery", "ImplicitSurgery log"}  # of degree 0 in the losses: only the rate sets the step

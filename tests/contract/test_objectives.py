@@ -74,6 +74,7 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
 
 ONLY = {
     "Margin": ("classification",),
+    "SmoothedLabel": ("classification",),
     "CEU": ("causal_lm",),
     **dict.fromkeys(
         ("WGA", "TNPO", "SatImp", "UNDIAL", "LogitSpread", "AnswerProbability"), ("classification", "causal_lm")

@@ -260,3 +260,23 @@ def test_a_real_model_writes_them_and_learns_from_them() -> None:
     request = ex.Request(data, ex.as_data(tokens(sentences()[50:60]), ids=range(900, 910)))
     done = ex.unlearn(model, request, task=found.task, method=alt_po(steps=2))
     assert done.record["history"][0]["loss/forget"] == pytest.approx(4 * math.log(2), rel=1e-5)
+
+
+def test_what_a_question_gets_does_not_depend_on_the_others() -> None:
+    model, examples = tiny("causal_lm").make(3), [asked(f"a{n} b", f"w{n}", f"line {n}") for n in range(4)]
+    settings: dict[str, Any] = {"rng": Key(8), "each": 2, "instruction": "c", "new_tokens": 4}
+    all_of_them = make_alternates(model, Words(), examples, **settings)
+    last = make_alternates(model, Words(), examples[2:], **settings)
+    assert [e.answer for e in last.other] == [e.answer for e in all_of_them.other[4:]]
+    assert all_of_them.other[0].answer != all_of_them.other[1].answer
+
+
+def test_a_system_message_comes_back_with_what_was_read(tmp_path: Path) -> None:
+    """Else the same command would go on with other prompts than those that it began with."""
+    turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"})
+    true = (Example(turns, "In Lisbon.", "forget line 1"), asked("Who?", "Ines"))
+    made = Alternates(true, (true[0].answered("In Oslo."), true[1].answered("Ida")))
+    made.save(tmp_path / "alternates.jsonl")
+    again = read_alternates(tmp_path / "alternates.jsonl").asked_as(true)
+    assert [e.messages for e in again.true] == [e.messages for e in again.other] == [e.messages for e in true]
+    assert [e.answer for e in again.other] == ["In Oslo.", "Ida"]

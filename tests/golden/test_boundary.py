@@ -16,6 +16,7 @@ from expunge import boundary, methods
 from expunge.boundary import nearest_wrong
 from expunge.core import Case, Key, Refused
 from expunge.scope import Scope
+from expunge.wrap import LoRA, in_adapter
 from tests.golden.by_hand import ALL, furthest, whole
 from tests.golden.forgetting import accuracy, digits, small
 
@@ -189,3 +190,11 @@ def test_a_class_is_forgotten_and_the_rest_stays(name: str) -> None:
     assert accuracy(model, request.forget) > 0.9
     assert accuracy(done.model, request.forget) < 0.3
     assert accuracy(done.model, request.retain) > accuracy(model, request.retain) - 0.05
+
+
+def test_in_an_adapter_the_unit_reads_what_the_last_layer_reads() -> None:
+    model, request = digits(8)
+    stage = in_adapter(LoRA(4), methods.boundary_expand())
+    done = ex.unlearn(model, request, task=ex.Classification(10), method=stage)
+    assert accuracy(done.model, request.data("forget")) < 0.3
+    assert torch.equal(done.model[0].bias, model[0].bias), "an adapter moves no bias"

@@ -84,7 +84,13 @@ def test_a_broken_concept_is_refused_by_its_place_and_name(tmp_path: Path, chang
 def test_a_broken_file_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"not JSON at line \d+"):
         concepts(written(tmp_path, json.dumps([GOOD], indent=1)[:-20]))
-    for content, match in (("{}", "expected a list"), ("[]", "expected a list"), ("[1]", "concept 1 is a int")):
+    for content, match in (
+        ("{}", "expected a list"),
+        ("[]", "found an empty list"),
+        ("5", "found a int"),
+        ("null", "found a NoneType"),
+        ("[1]", "concept 1 is a int"),
+    ):
         with pytest.raises(Refused, match=match):
             concepts(written(tmp_path, content))
     with pytest.raises(Refused, match="cannot read"):
@@ -188,9 +194,16 @@ def test_a_planted_vector_is_found() -> None:
     assert best[0].strength > best[1].strength
     assert [one.share for one in best] == sorted((one.share for one in best), reverse=True)
     vector = at(down_projections(model), 1, 11).vector(11)
+    scores = output_embedding(model) @ vector
+    mean = (scores[30:34].mean() - scores.mean()) / scores.std()
+    assert best[0].strength == pytest.approx(float(mean), rel=1e-4)
     assert set(top_tokens(output_embedding(model), vector, 4).tolist()) == {30, 31, 32, 33}
     with pytest.raises(Refused, match="no token of the concept"):
         find_vectors(model, "2 3", encode, background=("2 3",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expunge.value_vectors._CHUNK", 3 * 40)  # three vectors at a time
+        pieces = find_vectors(model, "2 3 30 31 32 33", encode, background=("2 3 4",), top=4, most=5)
+    assert [(one.layer, one.index) for one in pieces] == [(one.layer, one.index) for one in best]
 
 
 def spoken(model: nn.Module) -> Any:
@@ -311,6 +324,16 @@ def test_the_vector_that_speaks_of_the_answers_is_taken() -> None:
     request = Request(forget=data([30, 31, 32, 33], 0), retain=data([34, 35], 9))
     done = ex.unlearn(model, request, task=CausalLM(40), method=methods.concept_ablation())
     assert any("value vector 11 of block 1" in note for note in done.notes)
+    other = torch.zeros(40, 1)
+    other[20:24] = 1.0  # tokens of every answer: what speaks of them is not what is to be forgotten
+    with torch.no_grad():
+        down_projections(model)[0].weight[:, 5] = torch.linalg.lstsq(output_embedding(model), other).solution[:, 0]
+    common = Request(forget=data([20, 21, 22, 23, 30, 31], 0), retain=data([20, 21, 22, 23], 9))
+    chosen = []
+    for given in (common, Request(forget=common.forget)):
+        done = ex.unlearn(model, given, task=CausalLM(40), method=methods.concept_ablation())
+        chosen.append(any("value vector 11 of block 1" in note for note in done.notes))
+    assert chosen == [True, False]
 
 
 def test_bad_places_and_models_are_refused() -> None:

@@ -135,7 +135,7 @@ def test_b_the_span_is_as_few_directions_as_carry_the_share() -> None:
         for share in (0.0, 0.5, 0.6, 0.7, 0.9, 0.95, 1.0)
     }
     assert taken == {0.0: 0, 0.5: 1, 0.6: 1, 0.7: 2, 0.9: 2, 0.95: 3, 1.0: 3}
-    with pytest.raises(ex.Refused, match=r"at most 3"):
+    with pytest.raises(ex.Refused, match=r"at most 2"):
         initial_rows(forget, retain, torch.eye(5).double()[:2], 4, 0.5)
     with pytest.raises(ex.Refused, match="fewer than 1 directions outside"):
         initial_rows(torch.diag(torch.tensor([1.0, 0, 0, 0, 0])).double(), retain, none, 1, 0.5)
@@ -323,3 +323,39 @@ def test_the_declared_price_is_what_is_paid(weight: float) -> None:
     cost = unlearned(found, steps=3, batch=7, sample=30, retain_weight=weight).record["cost"]
     rows = 3 * (7 + (weight > 0) * 7)
     assert (cost["forward"], cost["backward"]) == (rows + 20 + 30, rows)
+
+
+def test_taking_all_there_is_is_refused() -> None:
+    """A state without any direction left is 0 for every token: no projection, a model that says the same to all."""
+    for rank in (32, 33):
+        with pytest.raises(ex.Refused, match=r"one at least must be left, give a rank of at most 31"):
+            unlearned(tiny("causal_lm"), layers=BLOCK, rank=rank, steps=1)
+
+
+def test_a_pattern_does_not_project_an_earlier_projection() -> None:
+    found = tiny("causal_lm")
+    one = unlearned(found, layers=BLOCK, steps=1)
+    pattern = f"{BLOCK},{BLOCK}.proj*"
+    two = ex.unlearn(one.model, found.request, task=found.task, method=mrp(layers=pattern, steps=1)).model
+    assert {name: len(made.kept) for name, made in projections(two).items()} == {BLOCK: 4}
+
+
+def test_the_tokens_that_are_asked_for_start_the_directions() -> None:
+    found = tiny("causal_lm")
+    case = case_of(found)
+    for tokens in ("attended", "answer"):
+        done = unlearned(found, layers=BLOCK, steps=1, lr=1e-30, tokens=tokens)
+        moment = [
+            second_moments(case, d, [BLOCK], Key(0), tokens)[BLOCK]
+            for d in (found.request.forget, found.request.retain)
+        ]
+        rows = initial_rows(*moment, torch.zeros(0, 32, dtype=torch.float64), 2, 0.9).float()
+        kept = projections(done.model)[BLOCK].kept
+        torch.testing.assert_close(through(kept), through(rows), rtol=1e-3, atol=1e-4)
+
+
+def test_the_scope_of_the_case_comes_back() -> None:
+    found = tiny("causal_lm")
+    done = unlearned(found, layers=BLOCK, steps=1)
+    assert done.case is not None
+    assert done.case.scope.parameters(done.model).keys() == {name for name, _ in found.model.named_parameters()}

@@ -430,3 +430,61 @@ def test_the_declared_price_is_what_is_paid() -> None:
     found = tiny("causal_lm")
     cost = unlearned(found, steps=4, batch=7).record["cost"]
     assert (cost["forward"], cost["backward"]) == (4 * 7 + 20, 4 * 7)
+
+
+def test_an_encoder_is_copied_and_the_same_for_all_requests() -> None:
+    """Detectors of another encoder's states would judge numbers that mean something else."""
+    found, encoder = tiny("causal_lm"), Counts()
+    own, none = unlearned(found, encoder=encoder).model, unlearned(found).model
+    other = ex.Request(found.request.retain.select(range(20)))
+    changed = copy.deepcopy(encoder)
+    with torch.no_grad():
+        changed.table.weight.mul_(2)
+    for model, given in ((none, encoder), (own, None), (own, changed)):
+        with pytest.raises(ex.Refused, match="detectors of the earlier requests read"):
+            unlearned(found, model, other, encoder=given)
+    assert len(detectors(unlearned(found, own, other, encoder=encoder).model)) == 2
+    own.bfloat16()
+    assert encoder.table.weight.dtype == torch.float32, "the caller's encoder was changed with the model"
+
+
+def test_a_gate_over_a_projected_model_is_read_back(tmp_path: Any) -> None:
+    from expunge.methods.mrp import mrp
+
+    found = tiny("causal_lm")
+    stage = ex.chain(mrp(steps=1), o3(steps=1))
+    first, second = (
+        ex.unlearn(found.model, found.request, task=found.task, method=stage, out=tmp_path / "run") for _ in "12"
+    )
+    assert torch.equal(says(first.model, found), says(second.model, found))
+
+
+def test_an_empty_cache_is_no_generation_that_goes_on() -> None:
+    from transformers import DynamicCache
+
+    found = tiny("causal_lm")
+    model = unlearned(found, steps=20).model
+    ids = torch.tensor([[0, 2, 14]])
+    with torch.no_grad():
+        alone = model(ids).logits
+        model(torch.tensor([[0, 25, 3, 15]]))  # another question's weight must not stay
+        again = model(ids, past_key_values=DynamicCache(config=found.model.config), use_cache=True).logits
+    torch.testing.assert_close(again, alone, rtol=1e-5, atol=1e-6)
+    fresh = copy.deepcopy(model)
+    fresh._last = None
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fresh(ids, past_key_values=DynamicCache(config=found.model.config), use_cache=True).logits, alone
+        )
+
+
+def test_the_settings_of_the_method_reach_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share held out makes the curve; the penalty is divided by the model's two blocks."""
+    found = tiny("causal_lm")
+    curves = [detectors(unlearned(found, held=held, steps=1).model)[0].get_buffer("curve") for held in (0.2, 0.5)]
+    assert not torch.allclose(curves[0], curves[1])
+    other = ex.Request(found.request.retain.select(range(20)))
+    one = unlearned(found)
+    row = unlearned(found, one.model, other, steps=1).record["history"][0]
+    square = sum(float((a.down @ a.down.T).detach().square().sum()) for a in adapters(one.model.model).values())
+    assert row["loss/orthogonal"] == pytest.approx(square / 2, rel=1e-4)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from expunge.attacks.prompting import common_share, leak_at_k, lm_in_context, lm_leak, lm_written
-from expunge.audit import audit, intervals
+from expunge.audit import intervals
+from expunge.audit.judge import direction
 from expunge.audit.language import lm_min_k, lm_privacy_leakage, min_k
+from expunge.audit.report import measured
 from expunge.audit.subject import Reading, Subject
 from expunge.core import Key
 from expunge.registry import is_asked, measures
@@ -91,7 +93,7 @@ def test_what_shots_gain_by_hand() -> None:
         )
     reading = lm_in_context(made)
     assert reading is not None
-    assert reading.value == pytest.approx(100 * np.mean(gains), abs=1e-4)
+    assert reading.value == pytest.approx(np.mean(gains), abs=1e-6)
     assert reading.detail["with"] - reading.detail["without"] == pytest.approx(reading.value)
 
 
@@ -161,11 +163,12 @@ def test_the_best_of_samples_is_more_than_one() -> None:
 
 
 def test_verdicts_have_the_right_direction() -> None:
-    """A report of the model that knows: it wrote too much, and its privacy leakage is below, not above, the retrained."""
-    made = replace(subject(), retrained=tuple(retrained("causal_lm", "random", seed) for seed in range(8)), family=())
-    report = audit(made, also=("lm_written", "lm_privacy_leakage"), trust_references=True)
-    row = next(row for row in report.rows if row.kind == "method")
-    assert {name: row.readings[name].verdict for name in ("lm_written", "lm_privacy_leakage")} == {
-        "lm_written": "under-forgot",
-        "lm_privacy_leakage": "under-forgot",
-    }
+    """Less privacy leakage than a retrained model, or more of the answer written, is knowledge that is left."""
+    assert direction("lm_privacy_leakage", -50.0) == direction("lm_written", 5.0) == "under-forgot"
+    assert direction("lm_privacy_leakage", 50.0) == direction("lm_leak", -5.0) == "over-forgot"
+    made = replace(subject(), retrained=tuple(retrained("causal_lm", "random", seed) for seed in range(4)), family=())
+    row = measured(made, "nothing", "method", also=("lm_privacy_leakage", "lm_written"))
+    band = row.readings["lm_privacy_leakage"].reference
+    assert band is not None
+    assert band[0] < 0 < band[1], "a measure that goes below 0 is not judged as a share"
+    assert row.readings["lm_written"].verdict == "under-forgot"

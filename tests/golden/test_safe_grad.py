@@ -181,3 +181,24 @@ def test_it_forgets_with_a_forgetting_objective() -> None:
     )
     assert loss(done.model, found, found.request.forget) > loss(found.model, found, found.request.forget) + 0.3
     assert math.isfinite(loss(done.model, found, found.request.retain))
+
+
+def test_a_pull_of_rounding_points_nowhere_and_a_weak_one_counts() -> None:
+    """At the first step the divergence from oneself is 0 but for rounding, whose direction means nothing."""
+    user, _ = drawn(0)
+    for size, projected in ((1e-8, False), (1e-3, True)):
+        align = {"a": -size * user["a"], "b": torch.zeros(3, dtype=torch.float64)}
+        for per_tensor in (False, True):
+            grads, _ = update(SafeGrad(rho=0.0, per_tensor=per_tensor), user, align)
+            assert (float(grads["a"].norm()) < 1e-9) == projected
+            assert torch.equal(grads["b"], user["b"])
+
+
+@pytest.mark.parametrize("option", [{"direction": "reverse"}, {"inner_product": "per_tensor"}])
+def test_the_options_of_the_method_reach_its_parts(option: dict[str, str]) -> None:
+    found = tiny("classification")
+    plain, other = (
+        ex.unlearn(found.model, found.request, task=found.task, method=methods.safe_grad(steps=6, **settings)).model
+        for settings in ({}, option)
+    )
+    assert any(not torch.equal(p, q) for p, q in zip(plain.parameters(), other.parameters(), strict=True))

@@ -318,3 +318,39 @@ def test_smoothing_works_on_a_language_model(by: Smoothing) -> None:
     done = ex.unlearn(found.model, found.request, task=found.task, method=stage)
     assert all(bool(torch.isfinite(p).all()) for p in done.model.parameters())
     assert "loss/forget" in done.record["history"][-1]
+
+
+@pytest.mark.parametrize("by", [Sharpness(0.3), GradientNorm(0.3), Curvature(0.3, 0.1)])
+def test_a_role_of_another_weight_is_another_loss(by: Smoothing) -> None:
+    """Twice the loss is the loss that is smoothed: its penalty is that of the doubled gradient."""
+
+    @dataclass(frozen=True, eq=False)
+    class Twice:
+        parameters_only: bool = field(default=True, init=False)
+
+        def __call__(self, case: Case, batch: Batch) -> Tensor:
+            return 2 * Quartic()(case, batch)
+
+    weighted = update(Smoothed(Weighted({"forget": 2.0}), by, ("forget",)), forget=Quartic())
+    torch.testing.assert_close(weighted, update(Smoothed(Weighted(), by, ("forget",)), forget=Twice()))
+
+
+def test_noise_is_in_the_coordinates_in_scope_only() -> None:
+    """The quadratic is of all of theta; noise elsewhere would show in the gradient of the first two."""
+    model, mask = Point(THETA), torch.arange(D) < 2
+    request = ex.split((torch.zeros(4, 1), torch.zeros(4).long()), forget=[0])
+    case = Case(model, request, ex.Classification(2), Scope({"theta": mask}, ("theta",)))
+    roles = {"forget": On(None, Quadratic(*FORGET))}
+    oracle = Oracle(case, roles, Draws(case, roles, Key(1), 0, {}, lambda role, at: at))
+    with differentiable(case):
+        grads, _ = Smoothed(Weighted(), RandomNoise(0.2, 1)).combine(oracle, {})
+    moved = torch.linalg.solve(FORGET[0][:2, :2], (grads["theta"] - G)[:2])
+    drawn = torch.randn(D, generator=Key(1).at("smoothing", 0, 0).generator(), dtype=torch.float64)
+    torch.testing.assert_close(moved, 0.2 * drawn[:2], rtol=1e-9, atol=1e-12)
+    assert not bool(grads["theta"][2:].any())
+
+
+def test_the_share_that_is_averaged_is_a_number_of_steps() -> None:
+    for amount, count in ((None, 2), (0.5, 4), (1.0, 7), (1e-9, 1)):
+        stage: Any = methods.npo_sam(smoothing="averaging", amount=amount, steps=7)
+        assert stage.stage.optimizer.count == count

@@ -132,3 +132,24 @@ def test_on_a_language_model_the_embedding_of_absent_tokens_stays(global_randomn
     before, after = (m.get_parameter("lm_head.weight") for m in (found.model, done.model))
     assert 0 < int((before != after).any(1).sum()) < len(before)
     assert global_randomness.unchanged()
+
+
+def test_a_tensor_that_the_forget_loss_does_not_reach_stays() -> None:
+    class Head:
+        """A loss of the last layer alone."""
+
+        parameters_only = True
+
+        def __call__(self, case: Case, batch: Any) -> Tensor:
+            *_, last = case.scope.parameters(case.model).values()
+            return last.sum().reshape(1)
+
+    model, request = two_classes()
+    case = Case(model, request, ex.Classification(2), Scope.all(model))
+    roles = {"forget": On(None, Head()), "retain": On("retain", NLL())}
+    oracle = Oracle(case, roles, Draws(case, roles, Key(0), 0, dict.fromkeys(roles, ALL), lambda role, step: step))
+    with differentiable(case):
+        grads, _ = SalientRows(Weighted(), 0.0).combine(oracle, {})
+    reached = list(case.scope.parameters(model))[-1]
+    assert len(grads) > 2
+    assert {name for name, grad in grads.items() if bool(grad.any())} == {reached}

@@ -176,7 +176,11 @@ def broken_weights(folder: Path, patch: pytest.MonkeyPatch) -> None:
 CASES = [
     Bad("unknown command", ("rnu",), ("No such command 'rnu'", "'run'")),
     Bad("unknown option", ("run", "run.toml", "--jsn"), ("No such option", "--jsn")),
-    Bad("no argument", ("run",), ("Missing argument",)),
+    Bad(
+        "no argument",
+        ("run",),
+        ("without a run file a run needs --task", "missing: --task, --model, --forget, --method"),
+    ),
     Bad("unknown kind", ("list", "method"), ("'method'", "did you mean 'methods'")),
     Bad("unknown method to explain", ("explain", "fintune"), ("did you mean 'finetune'",)),
     Bad("unknown suite to bench", ("bench", "digitss"), ("unknown bench suite 'digitss'",)),

@@ -133,7 +133,11 @@ def test_a_pad_token_that_is_the_end_token_changes_nothing() -> None:
     """The end of an answer is learnt and judged all the same, and padding is not."""
     examples = language.texts(0, 6)
     found = {}
-    for name, words in (("own", language.tokenizer()), ("end", language.tokenizer()), ("none", language.tokenizer(pad=False))):
+    for name, words in (
+        ("own", language.tokenizer()),
+        ("end", language.tokenizer()),
+        ("none", language.tokenizer(pad=False)),
+    ):
         if name == "end":
             words.pad_token = words.eos_token
         model = LanguageModel(language.llama(360), words)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from expunge.cli import main
 from expunge.core import Refused
-from expunge.data.text import read_texts
+from expunge.data.text import Example, read_texts
 from expunge.tasks.language_model import check_fit, load_language_model, save_language_model
 from tests import language
 
@@ -186,7 +188,9 @@ def test_a_run_without_a_run_file(folder, files, tmp_path, capsys):
 
 def test_without_references_there_is_a_report_that_cannot_tell(folder, files, tmp_path, capsys):
     assert main(options(folder, files, tmp_path / "out")) == 0
-    assert "cannot tell" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "cannot tell" in told
+    assert re.search(r"peak memory \d+ MiB \(predicted \d+ MiB\), [\d.e-]+ s a step \(predicted", told)
     assert "What the models answer" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -341,3 +345,29 @@ def test_text_that_looks_like_a_page_stays_text(folder, tmp_path):
     assert "<img src=x" not in page
     assert "{{ 7 * 7 }}" in page
     assert Report.from_json(json.loads(json.dumps(report.to_json()))).exchanges == report.exchanges
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_refusals_are_tokenised_as_the_answers_are(folder, chat):
+    """In a chat an answer has no space before it and may end with another token than a text."""
+    from expunge.data.text import Template
+
+    words = language.tokenizer(chat)
+    if chat:
+        words.chat_template = language.CHAT.replace("<end>", "<|system|>")
+    found = dataclasses.replace(load_language_model(folder), tokenizer=words)
+    ids, start = Template(words).ids(Example(({"role": "user", "content": "Who?"},), "Nobody knows.", "here"))
+    assert found.task([" Nobody knows.\n"]).refusals == (tuple(ids[start:]),)
+    assert words.decode(ids[start:]) == ("Nobody knows.<|system|>" if chat else " Nobody knows.<end>")
+    assert found.task(["Nobody knows."], "plain").refusals[0][-1] == words.eos_token_id
+
+
+def test_a_refusal_that_does_not_fit_behind_a_prompt_is_refused_before_the_run(folder, files, tmp_path, capsys):
+    (tmp_path / "refusals.txt").write_text("No.\n" + "I would rather not say anything about it. " * 8)
+    command = options(folder, files, tmp_path / "out", f"data.refusals={tmp_path / 'refusals.txt'}")
+    command[command.index("--method") + 1] = "idk_nll"
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{files / 'forget.jsonl'} line 1" in told
+    assert "which leaves no room" in told
+    assert told.count("\n") == 1

@@ -159,6 +159,8 @@ def test_padding_is_not_averaged() -> None:
     short = activations(case.model, case.task, case.request.forget, layer)[0]
     long = activations(case.model, case.task, as_data(longer), layer)[0]
     np.testing.assert_allclose(short, long, atol=1e-5)
+    left = {name: value.roll(3, 1) for name, value in longer.items()}
+    np.testing.assert_allclose(short, activations(case.model, case.task, as_data(left), layer)[0], atol=1e-5)
 
 
 def test_a_changed_layer_changes_the_answer_while_open() -> None:

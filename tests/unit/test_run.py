@@ -230,3 +230,37 @@ def test_a_look_at_the_callers_model_leaves_its_buffers_alone() -> None:
     outcome = expunge.unlearn(model, request, task=expunge.Classification(2), method=expunge.methods.finetune(steps=1))
     expunge.audit(expunge.Subject(model, outcome.model, request, expunge.Classification(2)))
     assert model.calls == model.again == 0
+
+
+def test_a_run_in_pieces_is_the_same_run() -> None:
+    net = model().double()
+    request = split((arrays()[0].double(), arrays()[1]), forget=list(range(12)))
+    one, three = (
+        unlearn(net, request, task=TASK, method=methods.grad_diff(steps=3, batch=12), pieces=pieces)
+        for pieces in (1, 3)
+    )
+    assert [one.record["pieces"], three.record["pieces"]] == [1, 3]
+    torch.testing.assert_close(weights(three.model), weights(one.model), atol=1e-10, rtol=0)
+    assert not torch.equal(weights(net), weights(one.model))
+
+
+def test_the_passes_of_a_run_in_pieces_are_smaller() -> None:
+    net, seen = model(), []
+    net[0].register_forward_hook(lambda _, args, __: seen.append((torch.is_grad_enabled(), len(args[0]))))
+    request = split(arrays(), forget=list(range(12)))
+    for pieces, most in ((1, 12), (3, 4)):
+        seen.clear()
+        unlearn(net, request, task=TASK, method=methods.grad_diff(steps=2, batch=12), copy=False, pieces=pieces)
+        assert max(rows for graph, rows in seen if graph) == most
+
+
+@pytest.mark.parametrize("pieces", [0, -1, 1.5, True, "2"])
+def test_pieces_out_of_range(pieces: Any) -> None:
+    with pytest.raises(Refused, match="pieces must be a whole number of at least 1"):
+        unlearn(model(), split(arrays(), forget=[1]), task=TASK, method=STEPS, pieces=pieces)
+
+
+def test_live_normalisation_in_pieces_is_refused() -> None:
+    live = methods.grad_diff(steps=1, norm_stats="live")
+    with pytest.raises(Refused, match=r"or a run in pieces"):
+        unlearn(model(), split(arrays(), forget=[1]), task=TASK, method=live, pieces=2)

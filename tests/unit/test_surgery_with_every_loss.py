@@ -32,7 +32,13 @@ from tests.fixtures import tiny
 
 torch.set_num_threads(1)
 LAYER = "model.layers.0"
-ELSEWHERE = {"Margin", "EWC", "L1", "Norm"}  # one row of class logits; and penalties, which read no data
+ELSEWHERE = {
+    "Margin",
+    "SmoothedLabel",
+    "EWC",
+    "L1",
+    "Norm",
+}  # one row of class logits; and penalties, which read no data
 NAMED = {name: kind for name, kind in registry.parts("objectives").items() if name not in ELSEWHERE}
 OBJECTIVES: dict[str, Objective] = {
     **{name: kind() for name, kind in NAMED.items()},

@@ -180,3 +180,106 @@ def test_a_chat_template_is_needed_for_chat(words, tmp_path):
         Refused, match=r"f line 2: the tokenizer's chat template does not take this conversation .roles must"
     ):
         Template(words_that_refuse).ids(example)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": "p", "answer": "a", "n": ' + "1" * 5000 + "}", "is not JSON"),
+        ('{"prompt": "p", "answer": "a\\ud800"}', "half a character"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": "u"}]}', "half a character"),
+    ],
+    ids=["deep", "long number", "surrogate", "surrogate in a message"],
+)  # fmt: skip
+def test_what_json_lets_through_and_a_tokenizer_does_not(tmp_path, line, said):
+    path = tmp_path / "odd.jsonl"
+    path.write_text(f'{{"prompt": "p", "answer": "a"}}\n{line}\n')
+    with pytest.raises(Refused, match=said) as caught:
+        read_texts(path)
+    assert f"{path} line 2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_ends_every_text_is_not_asked_to_go_on_after_the_end():
+    from tokenizers import processors
+
+    words = language.tokenizer(chat=False)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A <end>", special_tokens=[("<|user|>", 2), ("<end>", 1)]
+    )
+    template, example = Template(words), Example(({"role": "user", "content": "Where?"},), "Lima", "here")
+    ids, start = template.ids(example)
+    assert template.prompt_ids(example) == ids[:start]
+    assert words.decode(ids[start:]) == " Lima<end>"
+
+
+def test_an_answer_whose_last_word_is_unknown_has_an_end_all_the_same():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {word: n for n, word in enumerate(("<unk>", "<end>", "Question", "Answer", ":", "p", "Lima"))}
+    core = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>")
+    ids, start = Template(words).ids(Example(({"role": "user", "content": "p"},), "Lima Xanadu", "here"))
+    assert ids[start:] == [6, 0, 1]
+
+
+def test_an_end_of_turn_that_the_tokenizer_names_nowhere_is_still_the_end():
+    """As in Gemma 3: <end_of_turn> is a special token, but no named one."""
+    from transformers import PreTrainedTokenizerFast
+
+    core = language.tokenizer().backend_tokenizer
+    own = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
+    assert sorted(own.all_special_ids) == [0, 1]
+    own.chat_template = language.CHAT.replace("<end>", "<|system|>")
+    ids, start = Template(own).ids(Example(({"role": "user", "content": "p"},), "Lima", "here"))
+    assert own.decode(ids[start:]) == "Lima<|system|>"
+
+
+MOVED = (
+    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% set ms = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}{% for m in ms %}{% if m['role'] == 'user' %}"
+    "<|user|>{% if loop.last %}{{ s }} {% endif %}{{ m['content'] }}{% else %}<|assistant|>{{ m['content'] }}<end>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OPENED = language.CHAT.replace("generation_prompt %}<|assistant|>", "generation_prompt %}<|assistant|><think>")
+
+
+@pytest.mark.parametrize(("template", "answer"), [(MOVED, "Lima"), (OPENED, "<b>Lima</b>")], ids=["moved", "opened"])
+def test_a_chat_template_that_asks_in_other_words_than_it_trains_labels_the_answer_alone(template, answer):
+    """Mistral's puts the system message before the last turn, so only when it asks; DeepSeek-R1's asks with <think>."""
+    own = language.tokenizer()
+    own.chat_template = template
+    turns = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where was Bo born?"})
+    ids, start = Template(own).ids(Example(turns, answer, "here"))
+    assert own.decode(ids[start:]) == f"{answer}<end>"
+
+
+def test_a_chat_template_that_leaves_the_answer_out_is_refused():
+    """Here it also asks in other words, so that the answer has to be looked for."""
+    own = language.tokenizer()
+    own.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}<|assistant|>"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    with pytest.raises(Refused, match="has no token of its own"):
+        Template(own).ids(Example(({"role": "user", "content": "p"},), "Lima", "here"))
+
+
+def test_a_line_break_behind_the_end_of_a_turn_is_not_learnt():
+    """ChatML breaks the line after <|im_end|>."""
+    own = language.tokenizer()
+    own.chat_template = language.CHAT.replace("<end>", "<|system|>\n")
+    ids, start = Template(own).ids(Example(({"role": "user", "content": "p"},), "Lima", "here"))
+    assert own.decode(ids[start:]) == "Lima<|system|>"
+
+
+def test_running_text_that_ends_with_a_piece_leaves_none_of_one_token(words):
+    text = Example((), "Ada was born in Oslo by the sea.", "here")
+    size = len(Template(words).ids(text)[0])
+    for length in range(2, size + 1):
+        data = encode([text], Template(words), length=length).data
+        assert min(len(ids) for ids in data.source.ids) > 1
+        assert sum(len(ids) - 1 for ids in data.source.ids) == size - 1

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from expunge import runtime
 from expunge.audit import intervals, roc
 from expunge.audit.language import is_language, kept_scores
 from expunge.audit.subject import Reading, Subject
-from expunge.core import Case, Data, Key, Request, Task, lent_stream
+from expunge.core import Case, Data, Key, Request, Task, lent_stream, rows_of
 from expunge.objectives import NLL
-from expunge.oracle import borrowed, example_gradients, prepared
+from expunge.oracle import borrowed, prepared, sum_gradient, take
 from expunge.registry import measure
 from expunge.scope import Scope
-
-_CELLS = 1 << 26  # gradient entries held at once: bounds the memory, whatever the model
 
 
 @measure(asked=True)
@@ -45,10 +44,12 @@ def lm_gradient_norm(subject: Subject) -> Reading | None:
 def gradient_norms(model: nn.Module, task: Task, data: Data, size: int, key: Key) -> dict[str, np.ndarray]:
     """Norms of the gradient of each example's loss per unit, over all floating parameters, in eval mode.
 
-    The model's weights, buffers, gradients, modes and ``requires_grad`` flags are as before afterwards.
+    One example at a time, cut to its own length, so that no more than one gradient is held: the usual models cannot be
+    batched over examples (their attention looks at whether there is any padding), and trying costs a pass. The model's
+    weights, buffers, gradients, modes and ``requires_grad`` flags are as before afterwards.
 
     Args:
-        size: examples per batch at most; fewer where the gradients of so many would not fit into 256 MiB.
+        size: examples read at once; nothing depends on it.
 
     Returns:
         ``id`` [n], ``norm`` [n] and ``by_tensor`` [n], the mean over parameter tensors of each one's norm.
@@ -56,12 +57,14 @@ def gradient_norms(model: nn.Module, task: Task, data: Data, size: int, key: Key
     floating = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     scope = Scope({name: True for name in floating}, tuple(name for name, _ in model.named_parameters()))
     case = Case(model, Request(), task, scope)
-    rows = max(1, min(size, _CELLS // max(1, sum(p.numel() for p in floating.values()))))
-    found: list[Tensor] = []
+    found: list[list[float]] = []
     with borrowed(case), lent_stream(key):
-        for batch in prepared(case, data, rows, key):
-            grads = example_gradients(case, NLL(), batch)
-            squares = [grad.double().flatten(1).square().sum(1) for grad in grads.values()]
-            found.append(torch.stack(squares, 1).cpu())
-    each = torch.cat(found)
-    return {"id": data.ids.numpy(), "norm": each.sum(1).sqrt().numpy(), "by_tensor": each.sqrt().mean(1).numpy()}
+        for batch in prepared(case, data, size, key):
+            for row in range(rows_of(batch)):
+                grads = sum_gradient(case, NLL(), take(batch, torch.tensor([row])))
+                found.append([runtime.dot({name: grad}, {name: grad}) for name, grad in grads.items()])
+    whole = np.array([sum(squares) for squares in found])
+    by_tensor = np.array(
+        [np.sqrt(squares).sum() / len(floating) for squares in found]
+    )  # one that it does not reach is 0
+    return {"id": data.ids.numpy(), "norm": np.sqrt(whole), "by_tensor": by_tensor}

@@ -72,7 +72,7 @@ def lm_leak(subject: Subject) -> Reading | None:
 def lm_in_context(subject: Subject) -> Reading | None:
     """Probability of the forget answers after five answered retain questions, less without them; bootstrap interval.
 
-    In percentage points of exp(-loss per token), up to 100 examples. The detail has both. None without retain data, or
+    Of exp(-loss per token), in [-1, 1], on up to 100 examples. The detail has both. None without retain data, or
     where no retain example and forget example fit into the context together.
     """
     if not (_applies(subject) and subject.has("retain")):
@@ -82,9 +82,9 @@ def lm_in_context(subject: Subject) -> Reading | None:
     if not np.isfinite(gain).all():
         return None
     low, high = intervals.percentile(_resampled(gain, subject))
-    detail = {"with": 100 * float(found["with"].mean()), "without": 100 * float(found["without"].mean())}
-    value = 100 * float(gain.mean())
-    return Reading("lm_in_context", value, min(100 * low, value), max(100 * high, value), len(gain), "%", detail=detail)
+    detail = {"with": float(found["with"].mean()), "without": float(found["without"].mean())}
+    value = float(gain.mean())
+    return Reading("lm_in_context", value, min(low, value), max(high, value), len(gain), detail=detail)
 
 
 def persona(kind: str, about: str, question: str) -> str:

@@ -90,7 +90,7 @@ def lm_min_k_plus(subject: Subject) -> Reading | None:
 
 @measure(asked=True)
 def lm_privacy_leakage(subject: Subject) -> Reading | None:
-    """MUSE's PrivLeak of Min-40 % in percent, 0 for a retrained model; bootstrap interval over forget and unseen examples.
+    """MUSE's PrivLeak of Min-40 %, 0 for a retrained model; bootstrap interval over forget and unseen examples.
 
     From -100, where every forget example is told from the unseen ones, to ``most`` in the detail, where each is the wrong
     way round: 100 A_r / (1 - A_r), so that its upper end depends on the retrained models' mean area A_r. Above 0 is no
@@ -116,7 +116,7 @@ def lm_privacy_leakage(subject: Subject) -> Reading | None:
     value, most = privacy_leakage(ours, reference), privacy_leakage(0.0, reference)
     size = len(subject.outputs("forget")) + len(subject.outputs("test"))
     detail = {"area": ours, "retrained_area": reference, "least": -100.0, "most": most}
-    return Reading("lm_privacy_leakage", value, min(low, value), max(high, value), size, "%", detail=detail)
+    return Reading("lm_privacy_leakage", value, min(low, value), max(high, value), size, detail=detail)
 
 
 @measure

@@ -219,7 +219,8 @@ def _passes(model: nn.Module, task: Task, batches: Any, key: Key) -> Iterator[Ba
         for number, batch in enumerate(batches):
             batch = task.prepare(runtime.to_device(batch, device), key.at("prepare", number))
             task.outputs(model, batch)
-            yield batch
+            aligned = getattr(task, "aligned", None)  # the order of tokens in which the model saw them
+            yield batch if aligned is None else {**batch, **aligned(batch)}
 
 
 def _watched(module: nn.Module, layer: Layer, tell: Callable[[Tensor], Any]) -> contextlib.AbstractContextManager[Any]:
@@ -291,8 +292,8 @@ def _storages(batch: Batch) -> set[int]:
 
 def _mean(tokens: Tensor, batch: Batch) -> Tensor:
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
-        weight = mask.to(tokens)[:, :, None]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and tokens.shape[1] in (mask.shape[1], int(mask.sum(1).max())):
+        weight = mask[:, : tokens.shape[1]].to(tokens)[:, :, None]  # columns that are padding in every row are not run
         return (tokens * weight).sum(1) / weight.sum(1).clamp_min(1.0)
     return tokens.mean(1)
 

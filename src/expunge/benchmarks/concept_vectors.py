@@ -73,7 +73,8 @@ def concepts(path: str | Path) -> tuple[Concept, ...]:
     except json.JSONDecodeError as error:
         raise Refused(f"{path} is not JSON at line {error.lineno}: {error.msg}; is the file cut?") from error
     if not isinstance(items, list) or not items:
-        raise Refused(f"{path}: expected a list of concepts, found {type(items).__name__} of length {len(items)}")
+        found = "an empty list" if items == [] else f"a {type(items).__name__}"
+        raise Refused(f"{path}: expected a list of concepts, found {found}; give the benchmark's JSON")
     return tuple(_concept(f"{path}: concept {number}", item) for number, item in enumerate(items, 1))
 
 

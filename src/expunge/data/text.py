@@ -27,6 +27,8 @@ PAIRS = (("prompt", "answer"), ("question", "answer"), ("prompt", "completion"),
 SHAPES = (
     'expected {"prompt": ..., "answer": ...}, {"question": ..., "answer": ...}, {"messages": [...]} or {"text": ...}'
 )
+STAND_IN = "\u203b"
+"""An answer that is put into a chat template to see where answers stand."""
 Message = Mapping[str, str]
 
 
@@ -70,11 +72,28 @@ def read_texts(path: str | Path) -> tuple[Example, ...]:
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:
     for number, text in lines(path):
-        try:
-            yield number, json.loads(text)
-        except json.JSONDecodeError as error:
-            hint = "; the file is one JSON document, give one object per line" if number == 1 and text == "[" else ""
-            raise Refused(f"{path} line {number} is not JSON ({error.msg} at column {error.colno}){hint}") from error
+        hint = "; the file is one JSON document, give one object per line" if number == 1 and text == "[" else ""
+        yield number, parsed(text, f"{path} line {number}", hint)
+
+
+def parsed(text: str, where: str, hint: str = "") -> Any:
+    """A line as JSON, with nothing in it that is no text.
+
+    Raises:
+        Refused: in one sentence, ended by `hint`.
+    """
+    try:
+        tree = json.loads(text)
+        if "\\ud" in text.lower():  # an escape may name half of a pair, which no tokenizer takes
+            json.dumps(tree, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise Refused(f"{where} is nested too deeply to be read: correct or drop the line") from error
+    except UnicodeEncodeError as error:
+        raise Refused(f"{where} has half a character (a lone surrogate): correct or drop the line") from error
+    except ValueError as error:
+        said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise Refused(f"{where} is not JSON ({said}){hint}") from error
+    return tree
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -172,8 +191,11 @@ class Template:
         return asked + prefix
 
     def prompt_ids(self, example: Example, prefix: str = "") -> list[int]:
-        """Token ids of ``prompt``."""
-        return self._ids(self.prompt(example, prefix), bare=self.chat and bool(example.messages))
+        """Token ids of ``prompt``; a tokenizer that ends every text does not end this one."""
+        text, bare = self.prompt(example, prefix), self.chat and bool(example.messages)
+        found = self._ids(text, bare)
+        ended = not bare and len(found) > 1 and found[-1] in self._ends()
+        return found[:-1] if ended and found[-1:] != self._ids(text, bare=True)[-1:] else found
 
     def ids(self, example: Example) -> tuple[list[int], int]:
         """Token ids of prompt and answer, its end token included, and how many of them are prompt.
@@ -183,8 +205,10 @@ class Template:
         """
         asked = self.prompt_ids(example) if example.messages else []
         if self.chat and example.messages:
-            turns = [*example.messages, {"role": "assistant", "content": example.answer}]
-            whole = self._ids(self._rendered(turns, example.where).rstrip(), bare=True)
+            text = self._answered(example, example.answer).rstrip()
+            whole = self._ids(text, bare=True)
+            if not text.startswith(self.prompt(example)):
+                asked = self._ids(self._before(example, text), bare=True)
         else:
             answer = example.answer.strip() if example.messages else example.answer
             whole = self._ids(self.prompt(example, answer), bare=False)
@@ -193,9 +217,32 @@ class Template:
         if len(whole) == start:
             raise Refused(f"{example.where}: the answer {example.answer!r} has no token of its own: correct or drop it")
         end = self.tokenizer.eos_token_id
-        if end is not None and whole[-1] not in self.tokenizer.all_special_ids:
+        if end is not None and whole[-1] not in self._ends(of_turns=self.chat and bool(example.messages)):
             whole = [*whole, end]
         return whole, start
+
+    def _ends(self, of_turns: bool = False) -> set[int | None]:
+        """Tokens that end a text: those so named; `of_turns`, any special one that has no other use."""
+        named = {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")}
+        if of_turns:
+            added = getattr(self.tokenizer, "added_tokens_decoder", {})
+            special = {*self.tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+            named |= special - {getattr(self.tokenizer, f"{name}_token_id", None) for name in ("unk", "bos", "pad")}
+        return named
+
+    def _answered(self, example: Example, answer: str) -> str:
+        """The whole conversation as the chat template writes it."""
+        return self._rendered([*example.messages, {"role": "assistant", "content": answer}], example.where)
+
+    def _before(self, example: Example, whole: str) -> str:
+        """What the chat template writes before the answer, where that is not how it asks.
+
+        Some move the system message before the last turn, or open a <think> when they ask: the answer is found by putting
+        another in its place.
+        """
+        before, found, _ = self._answered(example, STAND_IN).rpartition(STAND_IN)
+        same = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return before[:same] if found else whole
 
     def _rendered(self, turns: list[Message], where: str, **how: Any) -> str:
         from jinja2.exceptions import TemplateError

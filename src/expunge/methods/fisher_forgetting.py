@@ -63,6 +63,9 @@ def fisher_forgetting(
         rise: how far the retain loss may rise, as a share of the way to chance, in [0, 1].
         chunk: examples differentiated together, >= 1; the result does not depend on it, to rounding.
 
+    Raises:
+        Refused: with `reset`, for a classifier whose logits are not what its last linear layer gives.
+
     Published settings: alpha 1e-9 to 1e-6 (ResNet-18); users report that 1e-9 does nothing.
     """
     return _Fisher(float(alpha), float(cap), rows, float(vectors), reset, rise, chunk)

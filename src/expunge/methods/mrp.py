@@ -43,7 +43,7 @@ KEPT = (
         "states": "outputs of the projected modules at real tokens; the release reads their inputs, padding included",
         "precision": "directions and QR in float32; bfloat16 in the release",
         "optimizer": "a learning rate for models of this size",
-        "stopping": "stopped when the loss on retain data leaves its bound",
+        "stopping": "stopped when the retain loss leaves its bound, counted from the start with the first directions out",
         "contract:kind": KEPT,
         "contract:saved": f"{KEPT}; projection.load_projected reads it back to the same predictions",
         "contract:scope": f"no weight of the model moves, in scope or out of it; {KEPT}",
@@ -119,6 +119,7 @@ class _Mrp:
         key, rng = case.rng.take()
         before = list(projection.projections(case.model))
         names = before if before and self.layers is None else chosen_layers(case, self.layers, key.at("layers"), 2)
+        names = projection.outside(case.model, names)
         with projection.trained(case.model, self._rows(case, names, key)) as rows:
             scope = Scope(dict.fromkeys(rows, True), rows)
             done = self.descend(replace(case, scope=scope, rng=rng))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from expunge import gate
 from expunge.combine import Weighted
-from expunge.core import Case, Stage
+from expunge.core import Case, Refused, Stage
 from expunge.descend import Descend
 from expunge.gated_layers import Orthogonal, adapted, adapters, opened
 from expunge.objectives import RandomLabel
@@ -86,7 +87,7 @@ def o3(
         batch: forget examples per step, >= 1.
 
     Raises:
-        Refused: for fewer than five forget examples, or a rank other than that of the adapters that are there.
+        Refused: for fewer than five forget examples, or a rank or an encoder other than those of the earlier requests.
 
     Published setting (ScienceQA, Llama-2-7b): rank 8, alpha 16, dropout 0.05, weight 0.1, lr 3e-4, 128 a step, 15 epochs.
     """
@@ -111,6 +112,11 @@ class _O3:
             return case
         key, rng = case.rng.take()
         before = case.model if isinstance(case.model, gate.GatedModel) else None
+        if before is not None and not gate.alike(before.encoder, self.encoder):
+            raise Refused(
+                f"o3: the detectors of the earlier requests read {'the model itself' if before.encoder is None else 'an encoder'}, "
+                f"not the encoder= that is given: give the same, or begin anew from the model under the gate"
+            )
         inner = case if before is None else replace(case, model=before.model, scope=gate.inner_scope(case.scope))
         found = blocks(inner)
         layers = [] if self.encoder is not None else list(before.layers) if before is not None else found
@@ -118,7 +124,8 @@ class _O3:
         detector = gate.fitted(inner, data, layers, self.encoder, key.at("detector"), self.held, self.offset)
         with adapted(inner, self.lora, found, key.at("adapter")) as scope, opened(inner.model, torch.ones(())):
             done = self._plan(inner, max(1, len(found)))(replace(inner, scope=scope, rng=rng))
-        model = gate.GatedModel(inner.model, [*gate.detectors(case.model), detector], layers, self.encoder)
+        own = copy.deepcopy(self.encoder)  # the caller's stays the caller's, whatever becomes of the model
+        model = gate.GatedModel(inner.model, [*gate.detectors(case.model), detector], layers, own)
         return replace(done, model=model, scope=gate.outer_scope(case.scope) if before is None else case.scope)
 
     def _plan(self, case: Case, blocks: int) -> Descend:
@@ -130,4 +137,4 @@ class _O3:
 
     def rebuilt(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
         """The structure that this stage leaves `model` in, for saved `weights` to be read into."""
-        return gate.rebuilt(model, weights, self.encoder)
+        return gate.rebuilt(model, weights, copy.deepcopy(self.encoder))

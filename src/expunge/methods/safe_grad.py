@@ -87,5 +87,7 @@ class _Learn:
         source = TASK if TASK in case.request.extra else "forget"
         case.request.data(source)  # refused before the first step where there are none
         if source != TASK and isinstance(self.learn, NLL):
-            case.meter.note("safe_grad learnt the data that it was given to forget: it forgets with another learn= only")
+            case.meter.note(
+                "safe_grad learnt the data that it was given to forget: it forgets with another learn= only"
+            )
         return replace(self.descend, others={TASK: On(source, self.learn)})(case)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import Batch, Data, Key, Refused
-from expunge.data.text import Encoded, Example, Template, encode, lines
+from expunge.data.text import Encoded, Example, Template, encode, lines, parsed
 from expunge.journal import write_bytes
 from expunge.tasks.generation import generate
 
@@ -50,6 +50,18 @@ class Alternates:
             return ()
         whole = self.dropped + len(self.other)
         return (f"{self.dropped} of {whole} alternates were empty or the true answer itself, and were dropped",)
+
+    def asked_as(self, examples: Iterable[Example]) -> Alternates:
+        """The same rows, a prompt with all the turns before it that an example of the same prompt and answer has.
+
+        A file holds the last turn alone; a system message and what was said earlier come back from the texts to forget.
+        """
+        whole: dict[tuple[str, str], Example] = {}
+        for example in examples:
+            whole.setdefault((example.prompt, example.answer), example)
+        true = tuple(whole.get((example.prompt, example.answer), example) for example in self.true)
+        pairs = zip(true, self.other, strict=True)
+        return replace(self, true=true, other=tuple(asked.answered(other.answer) for asked, other in pairs))
 
     def save(self, path: str | Path) -> None:
         """Write the rows as JSON lines with question, answer and sub_answer, whole or not at all."""
@@ -132,7 +144,9 @@ def make_alternates(
     if text is not None:
         raise Refused(f"{text.where} is running text: alternates are other answers, give a prompt and an answer")
     template = Template(tokenizer)
-    prompts = [_request(template, example, instruction) for example in examples for _ in range(each)]
+    requests = [_request(template, example, instruction) for example in examples]
+    prompts = [request for request in requests for _ in range(each)]
+    key = rng.at("alternates")
     written = generate(
         model,
         tokenizer,
@@ -140,8 +154,9 @@ def make_alternates(
         new_tokens=new_tokens,
         batch=batch,
         temperature=temperature,
-        rng=rng.at("alternates"),
+        rng=key,
         stop=STOPS,
+        streams=[key.at(request, number).seed for request in requests for number in range(each)],
     )
     true = [example for example in examples for _ in range(each)]
     return _kept(zip(true, written, strict=True))
@@ -165,10 +180,7 @@ def read_alternates(path: str | Path) -> Alternates:
     rows: list[tuple[Example, str]] = []
     for number, text in lines(path):
         where = f"{path} line {number}"
-        try:
-            tree = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise Refused(f"{where} is not JSON ({error.msg} at column {error.colno})") from error
+        tree = parsed(text, where)
         if not isinstance(tree, dict) or not all(isinstance(tree.get(key), str) for key in KEYS):
             found = ", ".join(map(str, tree)) if isinstance(tree, dict) else f"a {type(tree).__name__}"
             raise Refused(f"{where} has {found or 'nothing'}: expected the texts {', '.join(KEYS)}; correct the line")

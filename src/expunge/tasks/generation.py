@@ -37,6 +37,7 @@ def generate(
     temperature: float = 0.0,
     rng: Key | None = None,
     stop: Sequence[str] = (),
+    streams: Sequence[int] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, in the order of the prompts.
 
@@ -51,6 +52,7 @@ def generate(
         new_tokens: most tokens to write, >= 1; cut where the context ends. batch: prompts at a time, >= 1.
         temperature: 0 for greedy, or above. rng: the stream that is drawn from, needed above 0.
         stop: texts at which the writing ends; what is returned ends before them.
+        streams: numbers of the prompts' draws, by default their places.
 
     Raises:
         Refused: for a number out of range, a temperature without a key, an empty prompt, or one that fills the context.
@@ -65,6 +67,7 @@ def generate(
         temperature=temperature,
         rng=rng,
         stop=stop,
+        streams=streams,
     )
 
 

@@ -56,12 +56,14 @@ class LanguageModel:
         stated = getattr(self.model.config, "max_position_embeddings", None) or UNBOUNDED
         return int(min(stated, getattr(self.tokenizer, "model_max_length", UNBOUNDED) or UNBOUNDED))
 
-    def task(self, refusals: Sequence[str] = ()) -> CausalLM:
-        """The task of this model; `refusals` are answers that give nothing away."""
-        end = self.tokenizer.eos_token_id
-        told = (self.tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"] for text in refusals)
-        ids = tuple((*ids, *(() if end is None else (end,))) for ids in told)
-        return CausalLM(self.vocab, ids, decode=self.decode)
+    def task(self, refusals: Sequence[str] = (), template: Literal["auto", "chat", "plain"] = "auto") -> CausalLM:
+        """The task of this model; `refusals` are answers that give nothing away, written as `template` writes answers."""
+        how, ids = Template(self.tokenizer, template), []
+        for text in refusals:
+            asked = ({"role": "user", "content": "?"},)
+            whole, start = how.ids(Example(asked, text.strip(), f"refusal {text!r}"))
+            ids.append(tuple(whole[start:]))
+        return CausalLM(self.vocab, tuple(ids), decode=self.decode)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
