@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from expunge.checkpointing import with_checkpointing
-from expunge.core import Key, Refused, Request, Stage
+from expunge.core import Refused, Request
 from expunge.data.builtin import Recipe, fresh
 from expunge.references import References, references
 from expunge.registry import asked_for
 from expunge.run import (
-    ALTERNATES,
     RECORD,
     REFERENCES,
     WEIGHTS,
     Outcome,
-    bounds,
     check_folder,
     check_model,
     unlearn,
@@ -36,8 +34,6 @@ from expunge.workload import Workload, function, load, requested
 
 if TYPE_CHECKING:
     from expunge.audit import Report, Subject
-    from expunge.audit.chat import Exchange
-    from expunge.texts import Language
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,8 @@ def perform(spec: RunSpec) -> Performed:
         check_folder(spec.out)
     given, copy, notes = request, True, list[str]()
     if workload.language is not None:
+        from expunge.language_run import prepared, with_alternates
+
         given, notes = with_alternates(spec, workload.language, request, stage)
         stage, copy, more = prepared(spec, workload.language, given, stage)
         notes += more
@@ -100,32 +98,6 @@ def perform(spec: RunSpec) -> Performed:
         before = model if copy else workload.trained(spec.run.seed)
         report = judged(spec, workload, request, before, outcome.model, spec.out, outcome.record)
     return Performed(outcome, report, spec.out, tuple(notes))
-
-
-def with_alternates(spec: RunSpec, language: Language, request: Request, stage: Stage) -> tuple[Request, list[str]]:
-    """The request with other answers to give, for a method that learns them: from a file, or written by the model itself.
-
-    What the model writes is kept in the run's folder and read back by the same command.
-    """
-    if not any("column:win" in bound.spec.needs for bound in bounds(stage)):
-        if spec.data.alternates is not None:
-            raise Refused(f"method {spec.method.name} learns no alternate answers: remove [data] alternates")
-        return request, []
-    own = None if spec.out is None else spec.out / ALTERNATES
-    encoded = language.alternates(spec.data.alternates, own, Key(spec.run.seed))
-    return replace(request, forget=encoded.data), list(encoded.notes)
-
-
-def prepared(spec: RunSpec, language: Language, request: Request, stage: Stage) -> tuple[Stage, bool, list[str]]:
-    """A stage that needs no second copy of the model where that can be; whether one is held; and sentences to read."""
-    from expunge.single import lean
-    from expunge.texts import about_rate
-
-    notes = [*language.notes, *about_rate(spec, language.found.model)]
-    try:
-        return lean(stage, request, language.task), False, notes
-    except Refused as error:
-        return stage, True, [*notes, f"a second copy of the model is held: {error}"]
 
 
 def _watch(spec: RunSpec, workload: Workload) -> Watch | None:
@@ -179,40 +151,13 @@ def judged(
         _check_references(subject)
     report = audit(subject, also=also, trust_references=spec.audit.trust)
     if workload.language is not None:
-        notes = (*report.notes, *workload.language.notes, *_about_answers(report))
-        report = replace(report, exchanges=_answers(workload.language, subject), notes=notes)
+        from expunge.language_run import about_answers, answers
+
+        notes = (*report.notes, *workload.language.notes, *about_answers(report))
+        report = replace(report, exchanges=answers(workload.language, subject), notes=notes)
     with writing(folder):
         report.save(folder)
     return report
-
-
-def _answers(language: Language, subject: Subject) -> tuple[Exchange, ...]:
-    """A few questions, put to the model before, after, and one retrained."""
-    from expunge.texts import exchanges
-
-    models = {"original": subject.before, "unlearned": subject.after}
-    models |= {"retrained": subject.retrained[0]} if subject.retrained else {}
-    opened = {name: subject.opened(model) for name, model in models.items()}
-    return exchanges(language.asked(), opened, language.found.tokenizer)
-
-
-def _about_answers(report: Report) -> list[str]:
-    """A sentence where the model's own answers are of another kind than those of retrained models."""
-    from expunge.audit.words import title
-
-    found = {row.name: row.readings for row in report.rows}
-    said = []
-    for name in ("lm_repetition", "lm_fluency"):
-        own, other = (found.get(row, {}).get(name) for row in ("unlearned", "retrain"))
-        if own is not None and other is not None and own.verdict == "outside":
-            said.append(
-                f"{title(name).lower()}, is {own.value:.3g} {own.unit} and {other.value:.3g} of retrained models"
-            )
-    if not said:
-        return []
-    return [
-        f"its own answers are unlike those of retrained models: {'; '.join(said)}. The verdict does not judge that: read them"
-    ]
 
 
 def _check_references(subject: Subject) -> None:

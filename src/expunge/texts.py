@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from expunge.audit.chat import Exchange
 from expunge.core import Data, Key, Refused, Request
 from expunge.data.builtin import Recipe
-from expunge.data.text import Encoded, Example, Template, Texts, lines, read_texts
-from expunge.registry import find, methods
+from expunge.data.json_lines import Example, lines, read_texts
+from expunge.data.text import Encoded, Template, Texts
 from expunge.spec import RunSpec
 from expunge.tasks.alternates import make_alternates, read_alternates
-from expunge.tasks.generation import generate_ids
 from expunge.tasks.language_model import LanguageModel, check_fit, load_language_model, save_language_model
 from expunge.weights import load_weights
 
@@ -30,10 +28,6 @@ RECIPE = Recipe(epochs=5, lr=1e-5, weight_decay=0.01, batch=8, optimizer="adamw"
 """How references are fine-tuned from the base unless the run file says otherwise: TOFU's settings, on smaller batches."""
 ASKED = {"forget": 6, "retain": 3, "test": 1}
 """Questions of each part that a report shows."""
-LONGEST = 1200
-"""Characters of a question or an answer that a report keeps."""
-SMALL = 30_000_000
-"""Weights up to which the methods' default learning rates were tried."""
 
 
 @dataclass(frozen=True)
@@ -251,53 +245,3 @@ def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` places of 0 .. count - 1, evenly apart, the first among them: no model has a say in the choice."""
     wanted = min(count, wanted)
     return [place * count // wanted for place in range(wanted)]
-
-
-def exchanges(
-    asked: Sequence[tuple[str, str, str, Sequence[int]]],
-    models: Mapping[str, nn.Module],
-    tokenizer: Any,
-    *,
-    new_tokens: int = 80,
-    batch: int = 8,
-) -> tuple[Exchange, ...]:
-    """Put each question to each model.
-
-    The answers are greedy: what a model would say most likely, not all it could be brought to say.
-
-    Args:
-        asked: (part, question, true answer, token ids of the prompt). models: name -> model, in the order to be shown.
-        tokenizer: of all of them. new_tokens, batch: of the writing.
-
-    Raises:
-        Refused: where there is no model.
-    """
-    if not models:
-        raise Refused("exchanges needs at least one model to ask")
-    prompts = [ids for *_, ids in asked]
-    said = {
-        name: generate_ids(model, tokenizer, prompts, new_tokens=new_tokens, batch=batch)
-        for name, model in models.items()
-    }
-    return tuple(
-        Exchange(part, _short(question), _short(truth), {name: _short(told[place]) for name, told in said.items()})
-        for place, (part, question, truth, _) in enumerate(asked)
-    )
-
-
-def _short(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-
-
-def about_rate(spec: RunSpec, model: nn.Module) -> list[str]:
-    """A sentence where a method's default learning rate is used on a model far larger than it was tried on."""
-    size = sum(p.numel() for p in model.parameters())
-    settings = find("method", spec.method.name, methods()).settings()
-    if size <= SMALL or "lr" not in settings or "lr" in (spec.method.model_extra or {}):
-        return []
-    return [
-        f"the learning rate is the method's default, tried on models of up to {SMALL // 1_000_000} million weights, and this "
-        f"one has {size / 1e6:,.0f}: papers use 1e-5 for all weights of a model of billions and 1e-4 in an adapter; give "
-        f"method.lr"
-    ]

@@ -30,6 +30,7 @@ Where = Literal["top", "function", "types"]
 ORDER: list[set[str]] = [
     {"version", "meter", "progress", "stream"},
     {"core"},
+    {"data.json_lines"},
     {
         "runtime",
         "gramian",
@@ -91,6 +92,7 @@ ORDER: list[set[str]] = [
     {"sections"},
     {"spec", "demo"},
     {"texts"},
+    {"language_run"},
     {"workload"},
     {"perform"},
     {"bench", "catalogue"},

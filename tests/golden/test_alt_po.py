@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import expunge as ex
 from expunge.core import Key
-from expunge.data.text import Example, Template
+from expunge.data.json_lines import Example
+from expunge.data.text import Template
 from expunge.methods.alt_po import alt_po
 from expunge.tasks import alternates
 from expunge.tasks.alternates import STOPS, Alternates, make_alternates, paired, read_alternates

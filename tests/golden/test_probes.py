@@ -14,7 +14,8 @@ from expunge.benchmarks.asking import Asking
 from expunge.benchmarks.probes import PROBES, Fact, Probing, probe
 from expunge.benchmarks.tofu import Item
 from expunge.core import Key, Refused
-from expunge.data.text import Example, Template
+from expunge.data.json_lines import Example
+from expunge.data.text import Template
 from expunge.tasks.causal_lm import CausalLM
 from expunge.tasks.language_model import LanguageModel
 from tests.language import CITIES, PEOPLE, llama, tokenizer

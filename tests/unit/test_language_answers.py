@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import expunge as ex
-from expunge.audit.language import lm_fluency, lm_repetition, repeated
+from expunge.audit.answers import lm_fluency, lm_repetition, repeated
 from expunge.tasks.causal_lm import CausalLM
 
 VOCAB, END = 8, 7

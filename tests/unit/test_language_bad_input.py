@@ -13,7 +13,8 @@ import torch
 
 from expunge import Descend, Refused, Request, unlearn
 from expunge.cli import main
-from expunge.data.text import Template, Texts, encode, read_texts
+from expunge.data.json_lines import read_texts
+from expunge.data.text import Template, Texts, encode
 from expunge.methods.gradient_ascent import gradient_ascent
 from expunge.methods.npo import npo
 from expunge.objectives import NLL
@@ -155,7 +156,7 @@ def test_a_pad_token_that_is_the_end_token_changes_nothing() -> None:
 
 
 def language_example(row: dict[str, str]) -> Any:
-    from expunge.data.text import Example
+    from expunge.data.json_lines import Example
 
     return Example(({"role": "user", "content": row["question"]},), row["answer"], "here")
 

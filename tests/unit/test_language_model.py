@@ -12,7 +12,7 @@ import torch
 
 from expunge.cli import main
 from expunge.core import Refused
-from expunge.data.text import Example, read_texts
+from expunge.data.json_lines import Example, read_texts
 from expunge.tasks.language_model import check_fit, load_language_model, save_language_model
 from tests import language
 

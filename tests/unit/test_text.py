@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from expunge.core import Refused
+from expunge.data.json_lines import Example, read_texts
 from expunge.data.sources import fingerprint
-from expunge.data.text import IGNORED, Example, Template, encode, read_texts
+from expunge.data.text import IGNORED, Template, encode
 from tests import language
 
 pytest.importorskip("transformers")

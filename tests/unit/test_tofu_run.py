@@ -108,7 +108,7 @@ def test_the_model_that_knows_writes_the_answer() -> None:
     """A model that is trained on the answers: ROUGE near 1 there, and a likelihood far above the wrong answers'."""
     model, known = found(), items(0, 4)
     template = Template(model.tokenizer, "plain")
-    from expunge.data.text import Example
+    from expunge.data.json_lines import Example
 
     examples = [Example(({"role": "user", "content": item.question},), item.answer, "here") for item in known]
     data = model.encode(examples, "plain").data

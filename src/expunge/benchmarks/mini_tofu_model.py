@@ -21,7 +21,8 @@ from expunge.benchmarks.mini_tofu import World
 from expunge.benchmarks.tofu import Item
 from expunge.benchmarks.tofu_scores import Said, harmonic_mean, per_item, probability, rouge_l_recall, truth_ratio
 from expunge.core import Case, Data, Key, Request, eval_mode, own_streams
-from expunge.data.text import Example, Template, Texts
+from expunge.data.json_lines import Example
+from expunge.data.text import Template, Texts
 from expunge.descend import Descend
 from expunge.objectives import NLL
 from expunge.optim import AdamW, Cosine

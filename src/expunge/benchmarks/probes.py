@@ -32,7 +32,7 @@ from expunge.benchmarks.asking import Asking
 from expunge.benchmarks.tofu import Item
 from expunge.benchmarks.tofu_scores import rouge_l_recall
 from expunge.core import Key, Refused, require
-from expunge.data.text import Example
+from expunge.data.json_lines import Example
 from expunge.registry import find
 
 

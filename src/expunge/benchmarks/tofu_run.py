@@ -23,7 +23,7 @@ from expunge.benchmarks.tofu import Item, Tofu
 from expunge.benchmarks.tofu_compare import ForgetQuality, Score, forget_quality, scores
 from expunge.benchmarks.tofu_scores import SETS, Form, Said, rouge_l_recall
 from expunge.core import Key, Refused
-from expunge.data.text import Example
+from expunge.data.json_lines import Example
 from expunge.registry import did_you_mean
 
 NEW_TOKENS = 200

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core import Batch, Data, Key, Refused
-from expunge.data.text import Encoded, Example, Template, encode, lines, parsed
+from expunge.data.json_lines import Example, lines, parsed
+from expunge.data.text import Encoded, Template, encode
 from expunge.journal import write_bytes
 from expunge.tasks.generation import generate
 

@@ -18,7 +18,8 @@ from torch import nn
 from expunge import runtime
 from expunge.adapter_files import CONFIG, is_adapter, merge_adapter
 from expunge.core import Data, MissingExtra, Refused
-from expunge.data.text import Encoded, Example, Template, encode
+from expunge.data.json_lines import Example
+from expunge.data.text import Encoded, Template, encode
 from expunge.registry import need_extra
 from expunge.tasks.causal_lm import CausalLM
 from expunge.weights import save_weights
