@@ -499,11 +499,13 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
     parameters = case.scope.parameters(case.model)
     module = _PerExample(case, objective)
     fixed = {name: p.detach() for name, p in case.model.named_parameters() if name not in parameters}
+    places = _places(case.model)
 
     def loss(values: dict[str, Tensor], row: Any) -> Tensor:
         single = map_tensors(lambda t: t.unsqueeze(0), row)
-        named = {f"model.{name}": value for name, value in {**fixed, **values}.items()}
-        return torch.func.functional_call(module, named, (single,)).sum()
+        every = {**fixed, **values}
+        named = {f"model.{place}": every[name] for place, name in places.items()}
+        return torch.func.functional_call(module, named, (single,), tie_weights=False).sum()
 
     values = {name: p.detach() for name, p in parameters.items()}
     before = case.meter.forward
@@ -522,6 +524,16 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
         zero = {name: torch.zeros_like(p) for name, p in values.items()}  # an example need not reach every parameter
         return {name: torch.stack([row.get(name, zero[name]) for row in rows]) for name in parameters}
     return {name: _masked(case, name, grad) for name, grad in grads.items()}
+
+
+def _places(model: nn.Module) -> dict[str, str]:
+    """Where each parameter stands -> its canonical name; tied ones have several places, a module used twice has one.
+
+    Swapped by torch under both names of such a module, its parameters would not be put back.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    owned = ((path, leaf, p) for path, module in model.named_modules() for leaf, p in module._parameters.items())
+    return {f"{path}.{leaf}" if path else leaf: names[id(p)] for path, leaf, p in owned if p is not None}
 
 
 def _masked(case: Case, name: str, grad: Tensor) -> Tensor:

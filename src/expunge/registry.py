@@ -314,9 +314,22 @@ def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
 
 
 _PARTS = {
-    "objectives": (("objectives", "token_objectives", "preference", "confidence", "label_smoothing"), "__call__"),
+    "objectives": (
+        ("objectives", "token_objectives", "preference", "confidence", "label_smoothing", "deviation", "power_losses"),
+        "__call__",
+    ),
     "combiners": (
-        ("combine", "implicit", "compose", "constrained", "smooth", "salient_rows", "rectify", "balance"),
+        (
+            "combine",
+            "implicit",
+            "compose",
+            "constrained",
+            "smooth",
+            "salient_rows",
+            "rectify",
+            "balance",
+            "restriction",
+        ),
         "combine",
     ),
 }

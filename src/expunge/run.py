@@ -203,10 +203,14 @@ def bounds(stage: Stage) -> Iterator[Bound]:
 
 def check_stage(stage: Stage, request: Request, teachers: Mapping[str, Any]) -> None:
     """Refuse a stage of which some registered method needs what neither the request nor an earlier part has."""
-    provided: set[str] = set()
+    _check_stage(stage, request, teachers, set())
+
+
+def _check_stage(stage: Stage, request: Request, teachers: Mapping[str, Any], provided: set[str]) -> None:
     for part in parts(stage):
         if isinstance(part, Bound):
             check_needs(part, request, teachers, provided)
+            _check_stage(part.stage, request, teachers, set(provided))  # a method that was given another to run
         provided.update(getattr(part, "provides", ()))
 
 

@@ -169,9 +169,11 @@ class AuditSection(Section):
 
 
 def _part(name: str, value: Any) -> Any:
-    """A setting; a table with a name is a part (objective, combiner, optimizer) with its own settings."""
+    """A setting; a table with a name is a part (objective, combiner) or a method with its own settings."""
     if not isinstance(value, dict):
         return tuple(value) if isinstance(value, list) else value
+    if value.get("name") in methods():
+        return MethodSection(**value).stage()
     known = {**parts("objectives"), **parts("combiners")}
     kind = find("part", str(value.get("name", "")), known)
     settings = {key: _part(key, inner) for key, inner in value.items() if key != "name"}

@@ -75,9 +75,11 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
 ONLY = {
     "Margin": ("classification",),
     "SmoothedLabel": ("classification",),
+    **dict.fromkeys(("TargetError", "FollowTeacher"), ("regression",)),
     "CEU": ("causal_lm",),
     **dict.fromkeys(
-        ("WGA", "TNPO", "SatImp", "UNDIAL", "LogitSpread", "AnswerProbability"), ("classification", "causal_lm")
+        ("WGA", "TNPO", "SatImp", "UNDIAL", "LogitSpread", "AnswerProbability", "GeneralisedCrossEntropy"),
+        ("classification", "causal_lm"),
     ),
 }
 CASES = [(task, name) for task in NAMES for name in sorted(KINDS) if task in ONLY.get(name, NAMES)]

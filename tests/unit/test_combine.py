@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expunge import balance, combine, compose, constrained, implicit, rectify, salient_rows, smooth
+from expunge import balance, combine, compose, constrained, implicit, rectify, restriction, salient_rows, smooth
 from expunge.combine import OfMeans, OneSidedProjection, Weighted
 from expunge.compose import SAM, Alternate, Clip, Turn, ZerothOrder
 from expunge.core import Batch, Case, Grads, Key, Refused, Request, RunFailed
@@ -121,7 +121,7 @@ def test_an_update_does_not_depend_on_the_cut_into_pieces(name: str) -> None:
 def test_every_combiner_is_found() -> None:
     here = {
         name: kind
-        for module in (balance, combine, compose, constrained, implicit, rectify, salient_rows, smooth)
+        for module in (balance, combine, compose, constrained, implicit, rectify, restriction, salient_rows, smooth)
         for name, kind in vars(module).items()
         if getattr(kind, "__module__", "") == module.__name__
     }

@@ -33,6 +33,8 @@ from tests.fixtures import tiny
 torch.set_num_threads(1)
 LAYER = "model.layers.0"
 ELSEWHERE = {
+    "FollowTeacher",
+    "TargetError",
     "Margin",
     "SmoothedLabel",
     "EWC",

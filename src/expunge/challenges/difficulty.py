@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from expunge.audit.subject import Model, Subject
 from expunge.core import Case, Data, Key, Objective, Refused, Request, Task
-from expunge.curvature import MEMORY
 from expunge.data.sources import as_data
 from expunge.objectives import NLL
-from expunge.oracle import borrowed, example_gradients, prepared
+from expunge.retain_choice import gradient_norms
 from expunge.scope import Scope
 
 
@@ -118,15 +116,7 @@ def _gradient_norms(
     model: nn.Module, data: Data, task: Task, objective: Objective, scope: Sequence[str] | None, chunk: int, key: Key
 ) -> np.ndarray:
     chosen = Scope.all(model) if scope is None else Scope.match(model, *scope)
-    case = Case(model, Request(), task, chosen)
-    width = sum(p.numel() * p.element_size() for p in chosen.parameters(model).values())
-    parts = []
-    with borrowed(case):
-        for batch in prepared(case, data, max(1, min(chunk, MEMORY // max(1, width))), key, objective):
-            grads = example_gradients(case, objective, batch)
-            squares = torch.stack([grad.flatten(1).double().square().sum(1) for grad in grads.values()])
-            parts.append(squares.sum(0).sqrt().cpu())
-    return torch.cat(parts).numpy()
+    return gradient_norms(Case(model, Request(), task, chosen), data, objective, chunk, key).numpy()
 
 
 def scores_of(subject: Subject, models: Sequence[Model], data: str = "forget") -> dict[str, np.ndarray]:

@@ -1,0 +1,76 @@
+"""Prune first, then unlearn (Jia et al., NeurIPS 2023): any method on a model of few weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from expunge.core import Refused, Stage, chain
+from expunge.descend import Descend, Guard
+from expunge.objectives import NLL
+from expunge.optim import Adam
+from expunge.prune import Prune
+from expunge.registry import AtLeastOne, Count, Positive, Share, method
+
+_STEPS = "rounds * steps * min(batch, n_retain)"
+_FLOW = "(share > 0) * rounds * cuts * (by == 'synflow')"
+
+
+@method(
+    paper="arXiv:2304.04934",
+    tasks=("classification", "regression"),
+    needs={"retain"},
+    dose=None,
+    cost={"forward": f"{_FLOW} + {_STEPS}", "backward": f"{_FLOW} + {_STEPS}"},
+    departures={
+        "dose": "unlearning is fine-tuning and the inner method, which have doses of their own; without them, share 0 changes nothing",
+        "training": "what is left is fine-tuned on the retain data; the paper prunes while it trains on all data: it rewinds the weights that are left to "
+        "those of epoch 8 and trains again (OMP, IMP), or prunes before training (SynFlow)",
+        "layers": "linear layers are pruned too, the last one included; the authors prune convolutions alone",
+        "share": "half of the weights by default, not 95 %, which small networks do not survive",
+    },
+)
+def prune_first(
+    *,
+    inner: Stage | None = None,
+    share: Share = 0.5,
+    by: Literal["magnitude", "synflow"] = "magnitude",
+    rounds: AtLeastOne = 1,
+    dimensions: AtLeastOne = 2,
+    cuts: AtLeastOne = 100,
+    lr: Positive = 3e-3,
+    steps: Count = 75,
+    batch: AtLeastOne = 64,
+    norm_stats: Literal["frozen", "live"] = "frozen",
+) -> Stage:
+    """Set the least of the weights to 0, fine-tune the others on the retain data, and run another method on them.
+
+    Pruned weights are out of scope from then on: 0 to the bit in the model that comes back, whatever the inner method.
+    It does not promise that pruning alone forgets: small weights may hold nothing of the forget data.
+
+    Formula: m = 1[score >= tau], tau the `share` quantile; theta <- m theta; Adam on the mean over D_r of NLL within m;
+    inner on m theta.
+
+    Args:
+        inner: what to run on the pruned model, such as ``methods.ssd()`` or a Descend; None runs nothing after the
+            fine-tuning. What it needs and costs comes on top of what is declared here. In a run file:
+            ``inner = {name = "ssd"}``.
+        share: of the weights, pruned in the end, in [0, 1]; the inner method alone at 0 and steps 0.
+        by: "magnitude", or "synflow" (floating inputs); see ``Prune``.
+        rounds: prune and fine-tune so often, the same share of what is left each time, >= 1.
+        dimensions: of the tensors that are pruned, at least, >= 1; 3 prunes convolutions only.
+        cuts: that synflow takes one share in, its scores anew after each, >= 1; 100 as released.
+        lr: learning rate of Adam while fine-tuning, > 0.
+        steps: of fine-tuning after each cut, >= 0.
+        batch: retain examples per step, >= 1.
+        norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout, while fine-tuning.
+
+    Raises:
+        Refused: for an inner method that is no stage.
+
+    Published setting: share 0.95 in one cut, or a fifth of what is left in each round (IMP), dimensions 3.
+    """
+    if inner is not None and not callable(inner):
+        raise Refused(f"prune_first: inner must be a stage, such as methods.ssd(), found {inner!r}")
+    cut = Prune(1.0 - (1.0 - share) ** (1.0 / rounds), by, dimensions, cuts)
+    recover = Descend(retain=NLL(), steps=steps, batch=batch, optimizer=Adam(lr), norm_stats=norm_stats, guard=Guard())
+    return chain(*(cut, recover) * rounds, *(() if inner is None else (inner,)))
