@@ -306,33 +306,25 @@ def _cell(value: Any) -> str:
 def bench(
     suite: Annotated[str, typer.Argument(help="A name in bench/suites, or the path of a suite file.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench/results"),
+    cells: Annotated[
+        Path | None, typer.Option(help="Folder for finished models and audits; out/bench/NAME by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, in place of processes.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a benchmark suite: methods x requests x seeds."""
+    """Run a benchmark suite: methods x requests x seeds. A run that was stopped goes on where it was."""
     from expunge.bench import bench as run_suite
     from expunge.bench import suite_file
+    from expunge.bench.words import HEAD, failures, rows
 
     _one_thread()
     path = suite_file(suite)
-    found = run_suite(path, out)
+    found = run_suite(path, out, cells, workers, ray)
     if as_json:
         _print_json(found)
         return
-    rows = [
-        [
-            row["request"],
-            str(row["seed"]),
-            row["row"],
-            _reading(row, "average_gap"),
-            _reading(row, "membership_auc"),
-            row["verdict"],
-        ]
-        for row in found["rows"]
-    ]
-    _print(
-        _table(("request", "seed", "method", "average gap", "membership AUC", "verdict"), rows),
-        f"written to {out / path.stem}.json",
-    )
+    _print(_table(HEAD, rows(found)), *failures(found), f"written to {out / path.stem}.json")
 
 
 @app.command("list")
@@ -395,11 +387,6 @@ def _report_parts(report: Report | None) -> list[Any]:
     alone = sum(row.kind == "method" for row in report.rows) == 1  # a table of several says it in its last column
     verdict = [f"verdict: {report.verdict}", *(f"  {reason}" for reason in report.reasons)] if alone else []
     return [report.table(), report.summary, *report.notes, *verdict]
-
-
-def _reading(row: Mapping[str, Any], name: str) -> str:
-    reading = row["readings"].get(name)
-    return "" if reading is None or reading["value"] is None else f"{reading['value']:.3g}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

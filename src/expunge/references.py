@@ -241,8 +241,8 @@ def _assembled(
     """Handles of the models, the ledger, and what the shadows saw."""
 
     def kept(job: Job) -> Kept:
-        found, unlearned = made[job.key], job.start is not None
-        return Kept(found.name, lambda: work.opened(shelf.check(found), unlearned))
+        found = made[job.key]
+        return Kept(found.name, lambda: work.opened(shelf.check(found), job))
 
     models = {role: tuple(kept(job) for job in some) for role, some in jobs.items()}
     ledger = tuple(

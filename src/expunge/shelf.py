@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from filelock import FileLock
@@ -75,6 +75,18 @@ class Made:
         return _digest((self.key + self.weights).encode())
 
 
+class Making(Protocol):
+    """What ``training_pool`` asks of those who know how to make a model; ``Work`` is one."""
+
+    @property
+    def addresses(self) -> Mapping[str, str]: ...
+    def model(self, job: Job, start: Path | None) -> tuple[nn.Module, dict[str, Any]]: ...
+    def opened(self, path: Path, job: Job) -> nn.Module: ...
+    def missing(self, made: Made) -> list[str]: ...
+    def said(self, model: nn.Module, names: Sequence[str]) -> dict[str, dict[str, ndarray]]: ...
+    def keep(self, made: Made, outputs: Mapping[str, Mapping[str, ndarray]]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Work:
     """What every process needs to make any of the models; sent to each once.
@@ -93,10 +105,10 @@ class Work:
     request: Request | None = None
     stage: Stage | None = None
 
-    def opened(self, path: Path, unlearned: bool) -> nn.Module:
-        """The model of a weights file."""
+    def opened(self, path: Path, job: Job) -> nn.Module:
+        """The model of the weights file of a job."""
         blank = self.trainer.blank()
-        if unlearned and self.stage is not None:
+        if job.start is not None and self.stage is not None:
             blank = rebuilt(self.stage, blank, path)
         return load_weights(blank, path).eval()
 

@@ -28,12 +28,12 @@ from expunge.core import Refused, RunFailed
 from expunge.progress import progress
 from expunge.registry import need_extra
 from expunge.run import writing
-from expunge.shelf import Job, Made, Shelf, Work, said
+from expunge.shelf import Job, Made, Making, Shelf, said
 from expunge.weights import packed
 
 
 def make_all(
-    shelf: Shelf, work: Work, jobs: Sequence[Job], workers: int, ray: str | None, label: str
+    shelf: Shelf, work: Making, jobs: Sequence[Job], workers: int, ray: str | None, label: str
 ) -> tuple[dict[str, Made], set[str]]:
     """Every model of the jobs, by key, made where it is not there yet; and the keys of those that this call made.
 
@@ -75,7 +75,7 @@ def make_all(
     return known, keys - before
 
 
-def work_through(shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None:
+def work_through(shelf: Shelf, work: Making, jobs: Sequence[Job]) -> None:
     """Make what nobody else is making; then wait for what others are making, and make it should they fail."""
     waiting = list(jobs)
     for patience in (0, -1):
@@ -89,7 +89,7 @@ def work_through(shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None:
         waiting = left
 
 
-def _finish(shelf: Shelf, work: Work, job: Job) -> None:
+def _finish(shelf: Shelf, work: Making, job: Job) -> None:
     """Make one model and what it says, as far as they are not there. Under its lock."""
     made, model = shelf.found(job), None
     if made is None:
@@ -97,7 +97,7 @@ def _finish(shelf: Shelf, work: Work, job: Job) -> None:
         made = shelf.keep(job, packed(model), record)
     names = work.missing(made)
     if names:
-        model = work.opened(shelf.check(made), job.start is not None) if model is None else model
+        model = work.opened(shelf.check(made), job) if model is None else model
         work.keep(made, work.said(model, names))
 
 
@@ -112,7 +112,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _here(shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None:
+def _here(shelf: Shelf, work: Making, jobs: Sequence[Job]) -> None:
     with _one_thread():
         work_through(shelf, work, jobs)
 
@@ -134,7 +134,7 @@ def sent(what: Any) -> bytes:
         ) from error
 
 
-def _in_processes(shelf: Shelf, work: Work, jobs: Sequence[Job], workers: int) -> None:
+def _in_processes(shelf: Shelf, work: Making, jobs: Sequence[Job], workers: int) -> None:
     """The same in several processes. Each goes through all jobs: the locks share them out."""
     import joblib
 
@@ -195,7 +195,7 @@ def _shown(label: str, total: int, done: Callable[[], int]) -> Iterator[None]:
             thread.join()
 
 
-def _on_ray(address: str, shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None:
+def _on_ray(address: str, shelf: Shelf, work: Making, jobs: Sequence[Job]) -> None:
     """On a Ray cluster. This process holds the locks and writes the files, so that no folder needs to be shared."""
     ray = need_extra("ray", "scale", "training on a Ray cluster")
     own = not ray.is_initialized()
@@ -224,7 +224,7 @@ def _reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
-def _collect(ray: Any, remote: Any, payload: Any, shelf: Shelf, work: Work, jobs: Sequence[Job]) -> None:
+def _collect(ray: Any, remote: Any, payload: Any, shelf: Shelf, work: Making, jobs: Sequence[Job]) -> None:
     """Keep twice as many tasks under way as the cluster has processors; write each model as it comes."""
     window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = list(jobs)
@@ -259,7 +259,7 @@ def _remote(
 ) -> tuple[str, bytes, dict[str, Any], dict[str, Any]]:
     """In a Ray worker: (what went wrong or "", weights, record, what the model says)."""
     sys.path += [path for path in paths if path not in sys.path]  # modules beside the user's script, where it sees them
-    work: Work = pickle.loads(payload)
+    work: Making = pickle.loads(payload)
     with _one_thread(), tempfile.TemporaryDirectory() as folder:
         path = None if start is None else Path(folder) / "start.safetensors"
         if path is not None and start is not None:

@@ -273,36 +273,6 @@ def test_arguments_of_a_docstring() -> None:
     assert catalogue.body(doc) == "Text.\n\n\nRaises:\n    Refused: always."
 
 
-def test_a_bench_suite_runs_every_method_request_and_seed(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    (folder / "small.toml").write_text(
-        'suite = "breast_cancer"\nseeds = [0, 1]\nretrained = 1\n[requests]\nten = {random = 10}\n'
-        '[methods.finetune]\nsteps = 2\n[methods.longer]\nmethod = "finetune"\nsteps = 4\n'
-    )
-    found = printed_json(capsys, "bench", "small.toml", "--out", "results")
-    assert found == json.loads((folder / "results/small.json").read_text())
-    rows = {(row["request"], row["seed"], row["row"]): row for row in found["rows"]}
-    assert len(rows) == 2 * (2 + 2), "two seeds, two methods and two controls"
-    assert rows["ten", 0, "longer"]["settings"]["steps"] == 4
-    assert rows["ten", 0, "longer"]["method"] == "finetune"
-    assert {"seeds", "retrained", "methods"} <= set(found["spec"])
-    assert found["revision"]
-    assert found["data"]["train"]
-    assert rows["ten", 0, "finetune"]["weights"] != rows["ten", 1, "finetune"]["weights"]
-    text = (folder / "small.toml").read_text()
-    (folder / "small.toml").write_text(text.replace("[0, 1]", "[1]").replace("{random = 10}", "[0, 2]"))
-    again = printed_json(capsys, "bench", "small.toml", "--out", "results")
-    assert [row["seed"] for row in again["rows"]] == [1] * 4
-    rows = {row["row"]: row for row in again["rows"]}
-    suite = builtin.breast_cancer()
-    outcome = expunge.unlearn(
-        suite.fit(seed=1), expunge.split(suite.train, [0, 2]), task=suite.task, method=finetune(steps=4), seed=1
-    )
-    assert rows["longer"]["weights"] == outcome.record["result"], "what the library gives"
-    (folder / "small.toml").write_text('suite = "digits"\nseeds = [0]\n[requests]\na = [1]\n[methods.finetunne]\n')
-    assert main(["bench", "small.toml"]) == 2
-    assert "did you mean 'finetune'" in capsys.readouterr().err
-
-
 @pytest.fixture
 def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """docs/generate.py on a repository of its own."""
