@@ -1,4 +1,7 @@
-"""Write the pages that are made from the code: docs/methods, docs/reference, and the README's table of methods.
+"""Write the pages that are made from the code and from committed results.
+
+docs/methods, docs/reference and the README's table of methods are made from the code; docs/benchmarks and what
+``expunge recommend`` knows from bench/results.
 
 python docs/generate.py            # write them
 python docs/generate.py --check    # exit status 1 if one of them is stale, missing or left over
@@ -6,15 +9,24 @@ python docs/generate.py --check    # exit status 1 if one of them is stale, miss
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from expunge.bench.pages import drawing
+from expunge.bench.pages import page as bench_page
+from expunge.bench.runner import FORMAT
 from expunge.catalogue import KINDS, catalogue, link, page, table
+from expunge.recommend import collected
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS, BENCHMARKS = ROOT / "bench/results", ROOT / "docs/benchmarks"
+MEASURED = ROOT / "src/expunge/bench/measured.json"
 METHODS, REFERENCE, README = ROOT / "docs/methods", ROOT / "docs/reference", ROOT / "README.md"
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+RESULT_NOTE = "<!-- Made by docs/generate.py from bench/results: run `expunge bench`, then `make docs`. -->\n\n"
 NOTE = "<!-- Made by docs/generate.py from the code: change the docstrings, then run `make docs`. -->\n\n"
 
 
@@ -23,8 +35,25 @@ def pages() -> dict[Path, str]:
     found = {METHODS / f"{method['name']}.md": NOTE + page(method["name"]) for method in catalogue("methods")}
     for kind in KINDS:
         found[REFERENCE / f"{kind}.md"] = f"{NOTE}# {kind.capitalize()}\n\n{listing(kind, '../methods')}\n"
+    found.update(benchmarks())
     if README.exists():
         found[README] = readme(README.read_text(encoding="utf-8"))
+    return found
+
+
+def results() -> list[dict[str, Any]]:
+    """The committed results of ``expunge bench``, by name."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return [one for one in read if isinstance(one, dict) and one.get("format") == FORMAT]
+
+
+def benchmarks() -> dict[Path, str]:
+    """A page and a drawing for each result, and the lines that ``expunge recommend`` goes by."""
+    measured = collected(results())
+    found = {MEASURED: "[\n" + ",\n".join(json.dumps(line) for line in measured) + "\n]\n"}
+    for one in results():
+        found[BENCHMARKS / f"{one['name']}.md"] = RESULT_NOTE + bench_page(one, f"{one['name']}.svg")
+        found[BENCHMARKS / f"{one['name']}.svg"] = drawing(one)
     return found
 
 
@@ -68,7 +97,9 @@ def readme(text: str) -> str:
 
 def left_over(found: dict[Path, str]) -> list[Path]:
     """Generated pages of things that are gone."""
-    return [path for folder in (METHODS, REFERENCE) for path in sorted(folder.glob("*.md")) if path not in found]
+    return [
+        path for folder in (METHODS, REFERENCE, BENCHMARKS) for path in sorted(folder.glob("*.*")) if path not in found
+    ]
 
 
 def main(check: bool) -> int:

@@ -1,4 +1,4 @@
-"""The command line: demo, run, audit, reference, bench, list, explain.
+"""The command line: demo, run, audit, reference, bench, recommend, list, explain.
 
 Exit status: 0 done, 1 a run that failed, 2 bad input or use, 3 a gate that an audit did not pass. Errors are one
 sentence on stderr. What is heavy is imported inside the commands, so that ``expunge --help`` answers at once.
@@ -75,7 +75,7 @@ def _status(error: Exception) -> int | None:
 
 def _sentence(error: Exception) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
-        return "say what to do: demo, run, audit, reference, bench, list or explain; --help tells more"
+        return "say what to do: demo, run, audit, reference, bench, recommend, list or explain; --help tells more"
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(message.split())
 
@@ -316,6 +316,7 @@ def bench(
     """Run a benchmark suite: methods x requests x seeds. A run that was stopped goes on where it was."""
     from expunge.bench import bench as run_suite
     from expunge.bench import suite_file
+    from expunge.bench.pages import write
     from expunge.bench.words import HEAD, failures, rows
 
     _one_thread()
@@ -324,7 +325,42 @@ def bench(
     if as_json:
         _print_json(found)
         return
-    _print(_table(HEAD, rows(found)), *failures(found), f"written to {out / path.stem}.json")
+    page = write(found, cells or Path("out/bench") / path.stem)
+    _print(_table(HEAD, rows(found)), *failures(found), f"written to {out / path.stem}.json, drawn in {page}")
+
+
+@app.command()
+def recommend(
+    task: Annotated[
+        str, typer.Option(help="Of the model: classification, regression, causal_lm, diffusion.")
+    ] = "classification",
+    request: Annotated[
+        str,
+        typer.Option(
+            help="What is to be forgotten: class, subclass, random, memorised, worst, turns, range, corrective."
+        ),
+    ] = "random",
+    retain: Annotated[bool, typer.Option(help="Whether examples to keep are at hand.")] = True,
+    labels: Annotated[bool, typer.Option(help="Whether they are labelled.")] = True,
+    original: Annotated[bool, typer.Option(help="Whether memory holds the original model beside the new one.")] = True,
+    time: Annotated[float, typer.Option(help="What it may cost, as a share of retraining.")] = 1.0,
+    guarantee: Annotated[str, typer.Option(help="none, or exact.")] = "none",
+    as_json: AsJson = False,
+) -> None:
+    """Which methods fit, from what you have; the best measured first."""
+    from expunge.recommend import HEAD, Has
+    from expunge.recommend import recommend as ask
+    from expunge.recommend import rows as lines
+
+    fit, rest = ask(Has(task, request, retain, labels, original, time, guarantee))
+    if as_json:
+        _print_json({"fit": [advice.to_json() for advice in fit], "unfit": rest})
+        return
+    _print(
+        _table(HEAD, lines(fit)),
+        *(["no method fits"] if not fit else []),
+        f"{len(rest)} others do not fit: --json says why",
+    )
 
 
 @app.command("list")

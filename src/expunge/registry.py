@@ -68,6 +68,7 @@ class Method:
             ``relabel``, the forward rows that a wrong answer costs: 0, or 1 for a task that asks the model for it.
         departures: key -> why it departs from its paper, from the authors' code or from a contract.
         status: "implemented", or "reproduced" once a committed benchmark result stands beside the paper's.
+        labels: whether it reads the labels of the data.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Method:
     cost: Mapping[str, str]
     departures: Mapping[str, str] = field(default_factory=dict)
     status: str = "implemented"
+    labels: bool = True
 
     @property
     def summary(self) -> str:
@@ -111,6 +113,7 @@ class Method:
             "cost": dict(self.cost),
             "departures": dict(self.departures),
             "status": self.status,
+            "labels": self.labels,
             "settings": {n: _shown(p.default) for n, p in self.settings().items()},
         }
 
@@ -135,6 +138,7 @@ def method(
     promise: str = "approximate",
     departures: Mapping[str, str] | None = None,
     status: str = "implemented",
+    labels: bool = True,
 ) -> Callable[[Callable[..., Stage]], Callable[..., Stage]]:
     """Register a function of keyword-only settings that returns a Stage; its settings are checked at each call."""
 
@@ -167,6 +171,7 @@ def method(
             dict(cost),
             dict(departures or {}),
             status,
+            labels,
         )
         return checked
 

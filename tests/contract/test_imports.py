@@ -101,7 +101,7 @@ ORDER: list[set[str]] = [
     {"language_run"},
     {"workload"},
     {"perform"},
-    {"bench", "catalogue"},
+    {"bench", "bench.*", "recommend", "catalogue"},
     {"cli"},
     {"__main__"},
 ]
@@ -112,6 +112,7 @@ SIBLINGS = {
     "challenges",
     "guarantees",
     "benchmarks",
+    "bench",
 }  # packages whose modules may import one another
 AUDIT_SEES = {
     *("core", "runtime", "oracle", "registry", "journal", "version", "meter", "progress"),

@@ -54,7 +54,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     made = bench(written(folder, SMALL), folder / "results", folder / "cells")
     assert made == json.loads((folder / "results/small.json").read_text())
-    assert (folder / "results/small.svg").read_text().startswith("<svg")
+    assert pages.write(made, folder).read_text() == pages.page(made, "page.svg")
+    assert (folder / "page.svg").read_text().startswith("<svg")
     return {**made, "_folder": folder}
 
 

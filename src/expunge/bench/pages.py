@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from expunge.audit.drawing import GREY, PALETTE
 from expunge.bench.words import CONTROL, HEAD, cells, failures
+from expunge.journal import write_bytes
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 280, 58, 14, 30, 42
 Point = tuple[str, float, float]
@@ -45,6 +47,13 @@ def page(found: Mapping[str, Any], figure: str) -> str:
     if refused:
         parts.append("## Refused\n\n" + "\n".join(f"- {line}" for line in refused))
     return "\n\n".join(parts) + "\n"
+
+
+def write(found: Mapping[str, Any], folder: Path) -> Path:
+    """``page.md`` and its drawing, in a folder; returns the page."""
+    write_bytes(folder / "page.svg", drawing(found).encode())
+    write_bytes(folder / "page.md", page(found, "page.svg").encode())
+    return folder / "page.md"
 
 
 def drawing(found: Mapping[str, Any]) -> str:

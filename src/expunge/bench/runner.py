@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from expunge.bench.cells import Audit, Audits, Models
-from expunge.bench.pages import drawing
 from expunge.bench.requests import Material, drawn, folds, hardest, kept, most_memorised, union
 from expunge.bench.suite_file import BenchSpec, Drawn
 from expunge.bench.table import table
@@ -34,7 +33,7 @@ FORMAT = "expunge-bench-2"
 def bench(
     path: Path, results: Path, cells: Path | None = None, workers: int = 1, ray: str | None = None
 ) -> dict[str, Any]:
-    """Run a suite file and write ``results/<name>.json`` and a drawing of it; returns what was written.
+    """Run a suite file and write ``results/<name>.json``; returns what was written.
 
     Every model and every audit is kept in `cells` when it is finished: the same call after a break goes on from there, and
     ends in the same table to the bit (not in the same seconds). Several processes, or several calls, share the work.
@@ -53,7 +52,6 @@ def bench(
     run = _Run(path.stem, spec, (cells or Path("out/bench") / path.stem).absolute(), workers, ray)
     found = run.results()
     with writing(results):
-        write_bytes(results / f"{path.stem}.svg", drawing(found).encode())
         write_bytes(results / f"{path.stem}.json", (json.dumps(found, indent=1) + "\n").encode())
     return found
 
@@ -187,6 +185,7 @@ class _Run:
         return {
             "format": FORMAT,
             "name": self.name,
+            "task": suite.task.name,
             "spec": self.spec.model_dump(exclude_none=True),
             "expunge": __version__,
             "revision": revision(),

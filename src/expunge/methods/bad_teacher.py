@@ -20,6 +20,7 @@ TWICE = "min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain)"
 
 
 @method(
+    labels=False,
     paper="arXiv:2205.08096",
     needs={"forget", "retain", "teacher:original"},
     dose="steps",

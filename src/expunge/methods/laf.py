@@ -24,6 +24,7 @@ _FIT = (
 
 
 @method(
+    labels=False,
     paper="Shen et al., Label-Agnostic Forgetting, ICLR 2024",
     tasks=("classification",),
     needs={"forget", "retain", "teacher:original"},

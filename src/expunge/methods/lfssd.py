@@ -16,6 +16,7 @@ from expunge.tasks.causal_lm import IGNORED
 
 
 @method(
+    labels=False,
     paper="arXiv:2402.19308",
     needs={"forget", "retain"},
     dose="exponent",

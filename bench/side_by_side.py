@@ -1,0 +1,298 @@
+"""One method beside its authors' own code: the same network, data, examples to forget and seeds; what each leaves, and its time.
+
+    EXPUNGE_DATA=... python bench/side_by_side.py /elsewhere/ssd.py --seeds 5
+
+The authors' code is not part of this project. The file named on the command line stands beside a copy of it and says how to
+call it; docs/reproduction has, for each method, which functions of which revision it called, and how to write that file:
+
+    METHOD = "ssd"                                   # ours
+    SETTINGS = {"share": 0.1, "strength": 1.0}       # of ours
+    REPOSITORY = "owner/name@revision"
+    REQUEST = "y == 3"                               # or a share drawn at random: 0.1
+    def theirs(model, problem, seed): ...            # gets a copy of the trained model; returns the model that forgot
+    # optional: NAME (of the result), SUITE, EXAMPLES, EPOCHS, make() -> network, ours(model, problem, seed) -> Outcome,
+    # warm(problem): anything that is not to be timed, such as imports
+
+Both get the same trained model, in eval mode, and data as tensors in memory. They run in turn, one thread, and which goes
+first changes from seed to seed. Each is timed and its rows are counted on the way in (any forward of the model) and back.
+Writes ``bench/results/side_by_side/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import expunge as ex
+from expunge.audit import intervals
+from expunge.bench.cells import Models
+from expunge.core import Data, Key, Request
+from expunge.data import builtin
+from expunge.data.sources import collect, fingerprint
+from expunge.journal import write_bytes
+from expunge.registry import methods
+from expunge.shelf import Shelf
+from expunge.trainer import Trainer
+from expunge.training_pool import make_all
+from expunge.version import revision
+
+RESULTS = Path(__file__).parent / "results" / "side_by_side"
+SCORES = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What both sides get.
+
+    Attributes:
+        train, test: (x float32 [n, ...], y int64 [n]).
+        forget, retain: int64 rows of `train`.
+        request, task: the same for ours.
+        make: builds an untrained network. classes: how many.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    forget: Tensor
+    retain: Tensor
+    request: Request
+    task: Any
+    make: Callable[[], nn.Module]
+    classes: int
+
+    def part(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, y) of some rows of the training data."""
+        return self.train[0][rows], self.train[1][rows]
+
+
+def adapter(path: Path) -> Any:
+    """The file that knows the authors' code."""
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def problem_of(theirs: Any, suite: builtin.Suite, seed: int) -> Problem:
+    """The data and the request of one seed."""
+    count = min(getattr(theirs, "EXAMPLES", 5000), len(suite.train))
+    train = suite.train.select(torch.arange(count))
+    asked = theirs.REQUEST
+    if isinstance(asked, float):
+        order = torch.randperm(count, generator=Key(seed).at("request").generator())
+        request = ex.split(train, train.ids[order[: round(asked * count)]].tolist())
+    else:
+        request = ex.split(train, asked)
+    inside = torch.isin(train.ids, request.data("forget").ids)
+    return Problem(
+        _arrays(train),
+        _arrays(suite.test),
+        torch.nonzero(inside).flatten(),
+        torch.nonzero(~inside).flatten(),
+        request,
+        suite.task,
+        suite.make,
+        suite.task.classes,
+    )
+
+
+def _arrays(data: Data) -> tuple[Tensor, Tensor]:
+    batch = collect(data)
+    return batch["x"], batch["y"]
+
+
+class Counted:
+    """Seconds, and rows through a model and back, of whoever runs inside."""
+
+    def __init__(self, model: nn.Module):
+        self.rows = {"forward": 0, "backward": 0}
+        self.handle = model.register_forward_hook(self._seen)
+        self.start = time.perf_counter()
+
+    def _seen(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        self.rows["forward"] += len(first)
+        if first.requires_grad:
+            first.register_hook(
+                lambda gradient: self.rows.__setitem__("backward", self.rows["backward"] + len(gradient))
+            )
+
+    def done(self) -> dict[str, float]:
+        """What it took."""
+        seconds = time.perf_counter() - self.start
+        self.handle.remove()
+        return {"seconds": seconds, **self.rows}
+
+
+def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
+    """Accuracy in %, and how well losses tell forget from test examples (AUC; 0.5 where they cannot)."""
+    found, losses = {}, {}
+    model.eval()
+    parts = {"forget": problem.part(problem.forget), "retain": problem.part(problem.retain), "test": problem.test}
+    with torch.no_grad():
+        for name, (x, y) in parts.items():
+            logits = torch.cat([_logits(model(piece)) for piece in x.split(512)]).float()
+            found[f"{name}_accuracy"] = 100 * float((logits.argmax(1) == y).double().mean())
+            losses[name] = nn.functional.cross_entropy(logits, y, reduction="none").double().numpy()
+    found["membership"] = 100 * float(intervals.auc(-losses["forget"], -losses["test"]))
+    return found
+
+
+def _logits(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def ours(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[nn.Module, dict[str, float]]:
+    """Our method, as a user calls it, with all its checks; and what it took."""
+    start = time.perf_counter()
+    if hasattr(theirs, "ours"):
+        outcome = theirs.ours(model, problem, seed)
+    else:
+        stage = methods()[theirs.METHOD].build(**theirs.SETTINGS)
+        outcome = ex.unlearn(model, problem.request, task=problem.task, method=stage, seed=seed)
+    seconds = time.perf_counter() - start
+    return outcome.model, {
+        "seconds": seconds,
+        **{part: outcome.record["cost"][part] for part in ("forward", "backward")},
+    }
+
+
+def their(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[nn.Module, dict[str, float]]:
+    """The authors' method; a forward of the model that it was given, or of copies of it, is counted."""
+    counted = Counted(model)
+    made = theirs.theirs(model, problem, seed)
+    return made, counted.done()
+
+
+def trained(suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> list[nn.Module]:
+    """The original, and one trained without the forget data; made once for all methods that share them."""
+    train = suite.train.select(torch.arange(len(problem.train[0])))
+    models = Models(
+        Trainer(suite.recipe, suite.make, suite.task), {"train": train, "retain": problem.request.data("retain")}
+    )
+    jobs = [models.training("original", "train", seed), models.training("retrained", "retain", 1000 + seed)]
+    shelf = Shelf(folder)
+    made, _ = make_all(shelf, models, jobs, 1, None, "training")
+    return [models.read(shelf.check(made[job.key])) for job in jobs]
+
+
+def one_seed(theirs: Any, suite: builtin.Suite, seed: int, folder: Path) -> dict[str, Any]:
+    """Both sides on one trained model."""
+    problem = problem_of(theirs, suite, seed)
+    original, retrained = trained(suite, problem, seed, folder)
+    found: dict[str, Any] = {
+        "seed": seed,
+        "original": scores(original, problem),
+        "retrained": scores(retrained, problem),
+    }
+    sides = {"ours": ours, "theirs": their}
+    for side in sorted(sides, reverse=bool(seed % 2)):
+        model = copy.deepcopy(original)
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  # the authors' code draws from it
+        made, cost = sides[side](theirs, model, problem, seed)
+        found[side] = {**scores(made, problem), "cost": cost}
+    return found
+
+
+def joint(rows: list[dict[str, Any]], score: str, examples: int) -> dict[str, Any]:
+    """The difference of the two means with its 95 % interval: over seeds, paired, and over the examples scored.
+
+    Both sides are scored on the same examples of the same trained models, so the part over seeds is Student's interval of
+    the differences; the part over examples is the binomial one of each side. The halves add in squares.
+    """
+    one, two = (np.array([row[side][score] for row in rows]) for side in ("ours", "theirs"))
+    low, high = intervals.t_interval((one - two).tolist())
+    shares = [np.clip(side.mean() / 100, 0, 1) for side in (one, two)]
+    noise = 1.96 * 100 * np.sqrt(sum(share * (1 - share) for share in shares) / examples)
+    half = float(np.hypot((high - low) / 2, noise))
+    difference = float((one - two).mean())
+    return {
+        "ours": float(one.mean()),
+        "theirs": float(two.mean()),
+        "difference": difference,
+        "half_width": half,
+        "half_width_over_seeds": float((high - low) / 2),
+        "within": abs(difference) <= half,
+    }
+
+
+def summary(theirs: Any, name: str, suite: builtin.Suite, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is written."""
+    problem = problem_of(theirs, suite, rows[0]["seed"])
+    sizes = {"forget": len(problem.forget), "retain": len(problem.retain), "test": len(problem.test[0])}
+    sizes_of = {f"{part}_accuracy": size for part, size in sizes.items()} | {"membership": sizes["forget"]}
+    times = np.array([row["theirs"]["cost"]["seconds"] / row["ours"]["cost"]["seconds"] for row in rows])
+    low, high = intervals.t_interval(np.log(times).tolist()) if len(rows) > 1 else (np.log(times[0]),) * 2
+    return {
+        "name": name,
+        "method": theirs.METHOD,
+        "settings": theirs.SETTINGS,
+        "repository": theirs.REPOSITORY,
+        "request": theirs.REQUEST,
+        "suite": suite.name,
+        "sizes": sizes,
+        "data": fingerprint(problem.request.data("forget")),
+        "scores": {score: joint(rows, score, sizes_of[score]) for score in SCORES},
+        "time_ratio": {
+            "value": float(np.exp(np.log(times).mean())),
+            "low": float(np.exp(low)),
+            "high": float(np.exp(high)),
+        },
+        "revision": revision(),
+        "machine": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+        "seeds": rows,
+    }
+
+
+def main() -> None:
+    """Run both sides for every seed and write what they left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("theirs", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--models", type=Path, default=Path("out/side_by_side"), help="where trained models are kept")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    theirs = adapter(given.theirs)
+    suite = builtin.suite(getattr(theirs, "SUITE", "fashion_mnist"))
+    if hasattr(theirs, "make"):
+        suite = replace(suite, make=theirs.make)
+    if hasattr(theirs, "EPOCHS"):
+        suite = replace(suite, recipe=replace(suite.recipe, epochs=theirs.EPOCHS))
+    if hasattr(theirs, "warm"):
+        theirs.warm(problem_of(theirs, suite, 0))
+    rows = [one_seed(theirs, suite, seed, given.models) for seed in range(given.seeds)]
+    name = getattr(theirs, "NAME", theirs.METHOD)
+    found = summary(theirs, name, suite, rows)
+    write_bytes(given.out / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    for score, line in found["scores"].items():
+        print(
+            f"{score:16s} ours {line['ours']:7.2f} theirs {line['theirs']:7.2f} difference {line['difference']:+.2f} "
+            f"+- {line['half_width']:.2f} {'within' if line['within'] else 'OUTSIDE'}"
+        )
+    print("theirs / ours, seconds:", {part: round(value, 2) for part, value in found["time_ratio"].items()})
+
+
+if __name__ == "__main__":
+    main()
