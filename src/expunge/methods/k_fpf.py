@@ -36,13 +36,13 @@ _ROUND = "(steps * {0}min(batch, n_forget) + repair_steps * min(batch, n_retain)
 )
 def k_fpf(
     *,
-    k: AtLeastOne = 3,
+    k: AtLeastOne = 2,
     modules: AtLeastOne = 2,
     forget: Objective = RandomLabel(),
     lr: Positive = 1e-3,
     steps: Count = 20,
     repair_lr: Positive = 1e-3,
-    repair_steps: Count = 20,
+    repair_steps: Count = 15,
     batch: AtLeastOne = 64,
     norm_stats: Literal["frozen", "live"] = "frozen",
 ) -> Stage:
