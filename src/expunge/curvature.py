@@ -23,16 +23,17 @@ EXACT_MEMORY = 1 << 31  # bytes of gradients that the exact inverse may hold
 
 
 @contextlib.contextmanager
-def _opened(case: Case) -> Iterator[None]:
+def opened(case: Case) -> Iterator[None]:
+    """The Case's model ready to be differentiated, and metered."""
     with differentiable(case), case.meter.watch(case.model):
         yield
 
 
-def _parts(case: Case, data: Data, objective: Objective, chunk: int, key: Key) -> Iterator[tuple[Grads, Tensor]]:
-    """(per-example gradients [b, ...] per name, weights [b] float64); `chunk` examples drawn at once, cut to memory."""
+def example_parts(case: Case, data: Data, objective: Objective, chunk: int, key: Key) -> Iterator[tuple[Grads, Tensor]]:
+    """(gradient of each example [b, ...] per name, weights [b] float64); `chunk` examples drawn at once, cut to memory."""
     width = sum(p.numel() * p.element_size() for p in case.scope.parameters(case.model).values())
     size = max(1, min(chunk, MEMORY // max(1, width)))
-    with _opened(case):
+    with opened(case):
         for batch in prepared(case, data, chunk, key, objective):
             for start in range(0, rows_of(batch), size):
                 part = _rows(batch, start, start + size)
@@ -58,7 +59,7 @@ def _summed(
 ) -> tuple[Grads, float]:
     total: Grads = {}
     weights = 0.0
-    for grads, weight in _parts(case, data, objective, chunk, key):
+    for grads, weight in example_parts(case, data, objective, chunk, key):
         weights += float(weight.sum())
         for name, grad in grads.items():
             wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
@@ -108,7 +109,7 @@ def mean_gradient(case: Case, data: Data, objective: Objective, chunk: int = 64,
     """
     total: Grads = {}
     weights = 0.0
-    with _opened(case):
+    with opened(case):
         for batch in prepared(case, data, chunk, key, objective):
             weights += float(example_weights(case, objective, batch).sum())
             grads = sum_gradient(case, _Times(objective), batch)
@@ -144,7 +145,7 @@ def woodfisher_exact(
             f"{EXACT_MEMORY // width} examples, a smaller scope, or use recursion='released'"
         )
     blocks, weights = [], []
-    for grads, weight in _parts(case, data, objective, chunk, key):
+    for grads, weight in example_parts(case, data, objective, chunk, key):
         blocks.append(_flat(grads, names))
         weights.append(weight)
     weight = torch.cat(weights)
@@ -170,7 +171,7 @@ def released(case: Case, data: Data, objective: Objective, vector: Grads, chunk:
     """
     first: Grads = {}
     removed, scale, count = 0.0, 1.0, len(data) - 1
-    for grads, _ in _parts(case, data, objective, chunk, key):
+    for grads, _ in example_parts(case, data, objective, chunk, key):
         rows = len(next(iter(grads.values())))
         start = 0
         if not first:

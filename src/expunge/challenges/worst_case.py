@@ -25,6 +25,7 @@ from expunge.core import Case, Data, Grads, Key, Refused, Request, Stage, Task, 
 from expunge.data.sources import as_data
 from expunge.data.split import split
 from expunge.descend import Descend
+from expunge.meter import Meter
 from expunge.objectives import NLL
 from expunge.optim import SGD
 from expunge.oracle import Oracle, per_example, prepared
@@ -98,6 +99,7 @@ def worst_case(
     reverse: bool = False,
     batch: int = 256,
     key: Key = Key(0),
+    meter: Meter | None = None,
 ) -> WorstCase:
     """Select the forget set that is hardest to erase.
 
@@ -123,6 +125,7 @@ def worst_case(
         gamma: >= 0; towards even weights.
         start: "even" or "random". reverse: select the examples of HIGHEST loss instead (the release's reverse mode).
         batch: examples per forward pass. key: of every draw.
+        meter: of the rows that this costs; None counts them nowhere.
 
     Raises:
         Refused: for a size, rate or number of rounds out of range, or classes where the task has none.
@@ -140,7 +143,7 @@ def worst_case(
     history: list[dict[str, float]] = []
     before = top(w, size)
     for number in range(rounds):
-        losses = _after(model, data, task, w[group], lower, batch, key.at("round", number))
+        losses = _after(model, data, task, w[group], lower, batch, key.at("round", number), meter or Meter())
         loss = np.bincount(group, losses, count) / examples
         objective = float(w @ loss + gamma * (w @ w))
         w = capped_simplex(w - (-lr if reverse else lr) * (loss + 2 * gamma * w), size)
@@ -226,17 +229,22 @@ def _check(size: int, count: int, rounds: int, lr: float, gamma: float, by: str,
         raise Refused(f"start must be 'even' or 'random', found {start!r}")
 
 
-def _after(model: nn.Module, data: Data, task: Task, w: np.ndarray, lower: Stage, size: int, key: Key) -> np.ndarray:
+def _after(
+    model: nn.Module, data: Data, task: Task, w: np.ndarray, lower: Stage, size: int, key: Key, meter: Meter
+) -> np.ndarray:
     """[n] loss per unit of every example after the lower level."""
     work = copy.deepcopy(model)
     own = data.columns.get("weight", torch.ones(len(data), dtype=torch.float64)).double()
     weight = torch.from_numpy(w)
     request = Request(_weighted(data, weight, own), _weighted(data, 1 - weight, own))
-    case = Case(work, request, task, Scope.all(work), {"original": model}, key)
-    with lent_stream(key):
+    own_meter = Meter()  # the steps of a lower level are no steps of the run
+    case = Case(work, request, task, Scope.all(work), {"original": model}, key, own_meter)
+    with lent_stream(key), own_meter.watch(work):
         done = lower(case)
-    with torch.no_grad(), eval_mode(done.model), lent_stream(key):
+    with torch.no_grad(), eval_mode(done.model), lent_stream(key), own_meter.watch(done.model):
         parts = [per_example(done, NLL(), batch).double().cpu() for batch in prepared(done, data, size, key.at("loss"))]
+    meter.forward += own_meter.forward
+    meter.backward += own_meter.backward
     losses = torch.cat(parts).numpy()
     if not np.isfinite(losses).all():
         raise Refused("the lower level left a model with losses that are not finite: lower its learning rate")
