@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,14 +50,18 @@ def head_name(case: Case) -> str:
     return next(name for name, module in case.model.named_modules() if module is head)
 
 
-def representations(case: Case, model: nn.Module, batch: Batch, head: str) -> Tensor:
-    """[b, d] input of the module called `head`, in float32 at least."""
+def representations(
+    case: Case, model: nn.Module, batch: Batch, head: str, hear: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """[b, d] input of the module called `head`, in float32 at least; `hear` is told the outputs of the same pass."""
     seen: list[Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
-        case.task.outputs(model, batch)
+        outputs = case.task.outputs(model, batch)
     finally:
         hook.remove()
+    if hear is not None:
+        hear(outputs)
     found = seen[-1].flatten(1)
     return found if found.dtype == torch.float64 else found.float()
 
