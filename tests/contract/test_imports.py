@@ -84,7 +84,7 @@ ORDER: list[set[str]] = [
         "bounded",
         "group_lasso",
     },
-    {"smooth", "salient_rows", "dampening", "prune"},
+    {"smooth", "salient_rows", "dampening", "prune", "rewind"},
     {"projection", "detector", "gated_layers"},
     {"gate"},
     {"descend", "turns"},
