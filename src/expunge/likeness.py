@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge.boundary import logits_layer
-from expunge.core import Batch, Case, Data, Key, Request, fork, lent_stream
+from expunge.core import Batch, Case, Data, Key, Refused, Request, fork, lent_stream
 from expunge.data.sources import as_data
 from expunge.descend import Descend
+from expunge.objectives import NLL
 from expunge.optim import Adam
 from expunge.oracle import On, prepared
 from expunge.scope import Scope
@@ -159,3 +161,34 @@ class Turned:
 def alignment(losses: dict[str, Tensor]) -> Tensor:
     """mean over retain of c - log of the mean over forget of exp(c / T): the released loss per retain example, to a constant."""
     return losses["aligned"] - losses["apart"].log()
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Fine-tune the last linear layer alone on a few labelled retain examples (LAF+R): the rest does not move.
+
+    Args:
+        steps: of Adam, >= 0; 0 does nothing. lr: its learning rate. batch: examples per step.
+        labelled: share of the retain examples that are read, drawn once, rounded up, in (0, 1].
+    """
+
+    steps: int
+    lr: float
+    labelled: float
+    batch: int
+
+    def on(self, case: Case, head: str) -> Case:
+        """The Case with the layer called `head` fine-tuned."""
+        if self.steps == 0:
+            return case
+        names = [f"{head}.{own}" for own in ("weight", "bias") if f"{head}.{own}" in case.scope]
+        if not names:
+            raise Refused(f"the repair trains the last layer, {head!r}, and the scope leaves it out: set repair to 0")
+        key, _ = case.rng.take()
+        data = case.request.data("retain")
+        count = math.ceil(self.labelled * len(data))
+        few = data.select(torch.randperm(len(data), generator=key.at("labelled").generator())[:count].sort().values)
+        scope = case.scope & Scope(dict.fromkeys(names, True), case.scope.universe)
+        inner = replace(case, request=replace(case.request, retain=few), scope=scope)
+        done = Descend(retain=NLL(), optimizer=Adam(self.lr), steps=self.steps, batch=self.batch)(inner)
+        return replace(done, request=case.request, scope=case.scope)
