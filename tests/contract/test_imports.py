@@ -92,7 +92,7 @@ ORDER: list[set[str]] = [
     {"prototypes"},
     {"sparse_adapter"},
     {"retain_choice"},
-    {"shards"},
+    {"shards", "orders"},
     {"sequences"},
     {"methods.*", "data.builtin", "attacks.*", "guarantees.*"},
     {"run", "trainer", "shadow_design"},
