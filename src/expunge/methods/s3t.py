@@ -12,11 +12,11 @@ from expunge.core import Case, Key, Refused, Stage
 from expunge.descend import Descend
 from expunge.journal import described
 from expunge.objectives import NLL
-from expunge.optim import SGD, Adam, AdamW, Optimizer
+from expunge.optim import Optimizer, by_name
 from expunge.orders import matched
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, method
 from expunge.sequences import TrainSequences
-from expunge.shards import RULES
+from expunge.shards import RULES, rule_for
 from expunge.wrap import LoRA, in_adapter
 
 _ROWS = "epochs * n_retain * budget * (slices + 1) / 2"
@@ -92,16 +92,23 @@ def s3t(
         make: builds the network untrained, the same one at every call; None resets every module of a copy by its own
             ``reset_parameters``.
     """
-    rates: dict[str, Optimizer] = {
-        "adam": Adam(lr, weight_decay=weight_decay),
-        "sgd": SGD(lr, momentum, weight_decay),
-        "adamw": AdamW(lr, weight_decay=weight_decay),
-    }
     if risks is not None and len(risks) != slices:
         raise Refused(f"s3t: risks has {len(risks)} numbers for {slices} slices; give one per slice")
     if risks is not None:
         matched(risks, budget)
-    return _S3T(shards, slices, budget, start, together, rates[optimizer], float(epochs), batch, make, risks, rank)
+    return _S3T(
+        shards,
+        slices,
+        budget,
+        start,
+        together,
+        by_name(optimizer, lr, momentum, weight_decay),
+        float(epochs),
+        batch,
+        make,
+        risks,
+        rank,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,7 @@ class _S3T:
     rank: int = 0
 
     def __call__(self, case: Case) -> Case:
-        classes = hasattr(case.task, "logits")
-        rule = ("probabilities" if classes else "outputs") if self.together == "by task" else self.together
+        rule = rule_for(case.task, self.together)
         return self._plan(rule, any(not p.requires_grad for p in case.model.parameters()), described(case.task))(case)
 
     def rebuilt(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
