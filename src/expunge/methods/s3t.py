@@ -96,19 +96,8 @@ def s3t(
         raise Refused(f"s3t: risks has {len(risks)} numbers for {slices} slices; give one per slice")
     if risks is not None:
         matched(risks, budget)
-    return _S3T(
-        shards,
-        slices,
-        budget,
-        start,
-        together,
-        by_name(optimizer, lr, momentum, weight_decay),
-        float(epochs),
-        batch,
-        make,
-        risks,
-        rank,
-    )
+    rate = by_name(optimizer, lr, momentum, weight_decay)
+    return _S3T(shards, slices, budget, start, together, rate, float(epochs), batch, make, risks, rank)
 
 
 @dataclass(frozen=True)

@@ -84,16 +84,8 @@ def sisa(
     """
     schedules: dict[str, Schedule] = {"constant": Constant(), "linear": Linear(), "cosine": Cosine()}
     share = 2 * float(epochs) / (slices + 1)
-    return _Sisa(
-        shards,
-        slices,
-        together,
-        by_name(optimizer, lr, momentum, weight_decay),
-        schedules[schedule],
-        share,
-        batch,
-        make,
-    )
+    rate = by_name(optimizer, lr, momentum, weight_decay)
+    return _Sisa(shards, slices, together, rate, schedules[schedule], share, batch, make)
 
 
 @dataclass(frozen=True)
