@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from expunge import gramian, runtime
-from expunge.core import Grads, Refused, RunFailed
+from expunge.core import Grads, Refused, RunFailed, require
 from expunge.oracle import Diverged, Oracle
 
 State = dict[str, Any]
@@ -25,13 +25,33 @@ TINY = 1e-8
 
 @dataclass(frozen=True)
 class Decay:
-    """A weight that falls linearly from `start` to 0 over the run."""
+    """A weight that falls linearly from `start` to 0 over the run.
+
+    Args:
+        start: the weight at full height.
+        form: "falling", "constant" at `start`, or "rising" from 0 towards it.
+        until: share of the run after which the weight is 0, in (0, 1]; the line is drawn to there.
+        levels: how many equal parts of the run have one weight each, that of their beginning (epochs); None: every step.
+    """
 
     start: float
+    form: Literal["falling", "constant", "rising"] = "falling"
+    until: float = 1.0
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.form in ("falling", "constant", "rising"), self, "form", "'falling', 'constant' or 'rising'")
+        require(0 < self.until <= 1, self, "until", "in (0, 1]")
+        require(self.levels is None or self.levels >= 1, self, "levels", "at least 1, or None")
 
     def __call__(self, progress: float) -> float:
         """The weight at `progress` (0 .. 1)."""
-        return self.start * (1.0 - progress)
+        if self.levels is not None:
+            progress = math.floor(progress * self.levels + 1e-9) / self.levels  # 0.29 * 100 is 28.999...
+        if progress > self.until - 1e-9:
+            return 0.0
+        along = progress / self.until
+        return self.start * {"falling": 1.0 - along, "constant": 1.0, "rising": along}[self.form]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -10,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expunge.boundary import logits_layer
-from expunge.core import Batch, Case, Data, Key, Request, fork, lent_stream
+from expunge.core import Batch, Case, Data, Key, Refused, Request, fork, lent_stream
 from expunge.data.sources import as_data
 from expunge.descend import Descend
+from expunge.objectives import NLL
 from expunge.optim import Adam
 from expunge.oracle import On, prepared
 from expunge.scope import Scope
@@ -49,14 +52,18 @@ def head_name(case: Case) -> str:
     return next(name for name, module in case.model.named_modules() if module is head)
 
 
-def representations(case: Case, model: nn.Module, batch: Batch, head: str) -> Tensor:
-    """[b, d] input of the module called `head`, in float32 at least."""
+def representations(
+    case: Case, model: nn.Module, batch: Batch, head: str, hear: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """[b, d] input of the module called `head`, in float32 at least; `hear` is told the outputs of the same pass."""
     seen: list[Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
-        case.task.outputs(model, batch)
+        outputs = case.task.outputs(model, batch)
     finally:
         hook.remove()
+    if hear is not None:
+        hear(outputs)
     found = seen[-1].flatten(1)
     return found if found.dtype == torch.float64 else found.float()
 
@@ -154,3 +161,34 @@ class Turned:
 def alignment(losses: dict[str, Tensor]) -> Tensor:
     """mean over retain of c - log of the mean over forget of exp(c / T): the released loss per retain example, to a constant."""
     return losses["aligned"] - losses["apart"].log()
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Fine-tune the last linear layer alone on a few labelled retain examples (LAF+R): the rest does not move.
+
+    Args:
+        steps: of Adam, >= 0; 0 does nothing. lr: its learning rate. batch: examples per step.
+        labelled: share of the retain examples that are read, drawn once, rounded up, in (0, 1].
+    """
+
+    steps: int
+    lr: float
+    labelled: float
+    batch: int
+
+    def on(self, case: Case, head: str) -> Case:
+        """The Case with the layer called `head` fine-tuned."""
+        if self.steps == 0:
+            return case
+        names = [f"{head}.{own}" for own in ("weight", "bias") if f"{head}.{own}" in case.scope]
+        if not names:
+            raise Refused(f"the repair trains the last layer, {head!r}, and the scope leaves it out: set repair to 0")
+        key, _ = case.rng.take()
+        data = case.request.data("retain")
+        count = math.ceil(self.labelled * len(data))
+        few = data.select(torch.randperm(len(data), generator=key.at("labelled").generator())[:count].sort().values)
+        scope = case.scope & Scope(dict.fromkeys(names, True), case.scope.universe)
+        inner = replace(case, request=replace(case.request, retain=few), scope=scope)
+        done = Descend(retain=NLL(), optimizer=Adam(self.lr), steps=self.steps, batch=self.batch)(inner)
+        return replace(done, request=case.request, scope=case.scope)

@@ -217,6 +217,16 @@ class Optimizer(Protocol):
         """The torch optimizer over these named parameters."""
 
 
+def by_name(kind: str, lr: float, momentum: float, weight_decay: float) -> Optimizer:
+    """ "adam", "adamw" or "sgd" with these settings; the first two do not read the momentum."""
+    found: dict[str, Optimizer] = {
+        "adam": Adam(lr, weight_decay=weight_decay),
+        "adamw": AdamW(lr, weight_decay=weight_decay),
+        "sgd": SGD(lr, momentum, weight_decay),
+    }
+    return found[kind]
+
+
 @dataclass(frozen=True)
 class Constant:
     """The learning rate as given."""

@@ -31,8 +31,8 @@ class Prune:
     replaced by its absolute value, in eval mode, at one input of ones: no data, no label (arXiv:2006.05467). After cut k
     of n, (1 - share)^(k / n) of the weights are left, and scores are taken anew.
 
-    It does not promise that anything is forgotten, nor that the model is of use before it is trained again: there is
-    no rewinding, for the weights of early training are not here.
+    It does not promise that anything is forgotten, nor that the model is of use before it is trained again; see
+    ``rewind.Rewind`` for the weights of early training.
 
     Args:
         share: of the weights that are ranked, in [0, 1]; 0 changes nothing. Ties are kept, and scores of 0 are not, so

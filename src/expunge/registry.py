@@ -320,7 +320,16 @@ def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
 
 _PARTS = {
     "objectives": (
-        ("objectives", "token_objectives", "preference", "confidence", "label_smoothing", "deviation", "power_losses"),
+        (
+            "objectives",
+            "token_objectives",
+            "preference",
+            "confidence",
+            "label_smoothing",
+            "deviation",
+            "power_losses",
+            "group_lasso",
+        ),
         "__call__",
     ),
     "combiners": (
@@ -334,6 +343,7 @@ _PARTS = {
             "rectify",
             "balance",
             "restriction",
+            "bounded",
         ),
         "combine",
     ),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -22,66 +22,9 @@ from torch import Tensor, nn
 
 from expunge.core import Case, Data, Key, Refused, Request, RunFailed, Stage
 from expunge.data.sources import fingerprint
+from expunge.orders import Sequences, matched, rotations
 from expunge.scope import Scope
 from expunge.shards import FEWEST, RULES, in_slice, merge, numbers, place, untrained
-
-
-def rotations(slices: int, budget: int) -> list[list[int]]:
-    """The first `budget` cyclic orders of the slices: each begins with another one, which is best for uniform deletion."""
-    if not 1 <= budget <= slices:
-        raise Refused(f"the budget of orders must lie in [1, {slices}], the number of slices, found {budget}")
-    return [[(start + step) % slices for step in range(slices)] for start in range(budget)]
-
-
-class Sequences:
-    """Which stages of which orders are in service, shard by shard; what a deletion switches off.
-
-    Args:
-        alive: how many leading stages are in service, per shard and order; changed in place.
-        slices: stages of each order.
-    """
-
-    def __init__(self, alive: list[list[int]], slices: int):
-        self.alive = alive
-        orders = rotations(slices, len(alive[0]))
-        self._place = [[order.index(number) for order in orders] for number in range(slices)]
-
-    @staticmethod
-    def whole(shards: int, slices: int, budget: int) -> Sequences:
-        """All in service."""
-        return Sequences([[slices] * budget for _ in range(shards)], slices)
-
-    def delete(self, shard: int, number: int) -> None:
-        """Switch off whatever saw slice `number` of the shard; nothing comes back to service."""
-        self.alive[shard] = [min(both) for both in zip(self.alive[shard], self._place[number], strict=True)]
-
-    def serving(self) -> list[tuple[int, int, int]]:
-        """(shard, order, stage) of the longest prefix that each shard has left, the first such order; no dead shards."""
-        return [(shard, row.index(max(row)), max(row) - 1) for shard, row in enumerate(self.alive) if any(row)]
-
-    @property
-    def in_service(self) -> bool:
-        """Whether any shard can still answer."""
-        return any(map(any, self.alive))
-
-
-def deletion_capacity(shards: int, slices: int, budget: int, key: Key) -> int:
-    """How many requests, each for a slice drawn uniformly over all with repetition, until no shard can answer.
-
-    Its mean is shards x slices x H(shards x budget), H the harmonic number, for every order must lose its first slice.
-    A SISA that never trains again, where any request ends its shard, is the case of one slice and one order.
-    """
-    sequences, count = Sequences.whole(shards, slices, budget), 0
-    drawn = _uniform(shards * slices, key.generator())
-    while sequences.in_service:
-        sequences.delete(*divmod(next(drawn), slices))
-        count += 1
-    return count
-
-
-def _uniform(below: int, generator: torch.Generator) -> Iterator[int]:
-    while True:
-        yield from torch.randint(below, (256,), generator=generator).tolist()
 
 
 def groups(network: nn.Module, slices: int) -> list[list[str]]:
@@ -120,6 +63,7 @@ class Sequenced(nn.Module):
     recipe: Tensor
     seed: Tensor
     chosen: Tensor
+    orders: Tensor
 
     def __init__(self, network: nn.Module, shards: int, slices: int, budget: int, rule: str, seed: int):
         super().__init__()
@@ -134,6 +78,7 @@ class Sequenced(nn.Module):
         self.register_buffer("recipe", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("chosen", torch.tensor(RULES.index(rule)))
+        self.register_buffer("orders", torch.tensor(rotations(slices, budget)))
         for part in (self, self.members, *self.members, *(row for rows in self.members for row in cast(Any, rows))):
             part.training = network.training
 
@@ -144,7 +89,7 @@ class Sequenced(nn.Module):
     @property
     def sequences(self) -> Sequences:
         """What is in service."""
-        return Sequences(self.alive.tolist(), self.size[1])
+        return Sequences(self.alive.tolist(), self.size[1], self.orders.tolist())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The answer of the shards in service together, in the form of one network's."""
@@ -169,6 +114,7 @@ class TrainSequences:
         recipe: all that `train` and `make` depend on, in words; another one is refused.
         start: "fresh" weights, or the "given" ones, which then must never have seen the data.
         make: builds the network untrained; None resets every module of a copy by its own ``reset_parameters``.
+        risks: of deletion, per slice, for orders by ``matched``; None for cyclic ones.
     """
 
     shards: int
@@ -179,13 +125,14 @@ class TrainSequences:
     recipe: str
     start: str
     make: Callable[[], nn.Module] | None = None
+    risks: tuple[float, ...] | None = None
 
     def __call__(self, case: Case) -> Case:
         key, rng = case.rng.take()
         if case.scope.count(case.model) != Scope.all(case.model).count(case.model):
             raise Refused("sequences train every trainable weight, and the scope leaves some out: give no scope")
         data = case.request.data("retain")
-        places = place(data.ids, self.shards, self.slices)
+        places = self._places(data)
         slices = [[data.select(in_slice(data, places, s, k)) for k in range(self.slices)] for s in range(self.shards)]
         ledger = torch.tensor([[_digest(part) for part in row] for row in slices], dtype=torch.int64)
         if isinstance(case.model, Sequenced):
@@ -198,11 +145,23 @@ class TrainSequences:
                 f"first of some order; take fewer shards or slices"
             )
         model = self.structure(case.model, key)
+        if self.risks is not None:
+            model.orders.copy_(torch.tensor(matched(self.risks, self.budget)))
         for shard, order in ((s, b) for s in range(self.shards) for b in range(self.budget)):
             self._learn(case, model, slices[shard], shard, order)
         model.ledger.copy_(ledger)
         model.recipe.copy_(_words(self.recipe))
         return replace(case, model=model, scope=Scope.all(model), rng=rng)
+
+    def _places(self, data: Data) -> Tensor:
+        """[n, 2] shard and slice: the slice of the data's column ``slice`` where there is one, for slices of other risks."""
+        places = place(data.ids, self.shards, self.slices)
+        own = data.columns.get("slice")
+        if own is not None:
+            if own.is_floating_point() or own.ndim != 1 or not bool(((own >= 0) & (own < self.slices)).all()):
+                raise Refused(f"column 'slice' must hold one whole number from 0 to {self.slices - 1} per example")
+            places[:, 1] = own
+        return places
 
     def structure(self, model: nn.Module, key: Key) -> Sequenced:
         """The model itself where it is of this kind, else untrained sequences of its network."""
@@ -216,7 +175,7 @@ class TrainSequences:
         stages, key = model.stages(shard, order), Key(int(model.seed)).at("shard", shard)
         network = untrained(stages[0], key.at("weights"), self.make) if self.start == "fresh" else stages[0]
         chosen, whole = groups(network, self.slices), tuple(name for name, _ in network.named_parameters())
-        retain, order_of = case.request.data("retain"), rotations(self.slices, self.budget)[order]
+        retain, order_of = case.request.data("retain"), model.orders[order].tolist()
         for number in range(self.slices):
             network = copy.deepcopy(network)
             ids = torch.cat([slices[k].ids for k in order_of[: number + 1]])

@@ -93,6 +93,11 @@ class Sharded(nn.Module):
         return merge([self.stages(shard)[-1](*args, **kwargs) for shard in serving], self.rule)
 
 
+def rule_for(task: Task, together: str) -> str:
+    """The rule asked for; "by task": probabilities for classes, outputs otherwise."""
+    return together if together != "by task" else "probabilities" if hasattr(task, "logits") else "outputs"
+
+
 def merge(answers: Sequence[Any], rule: str) -> Any:
     """Tensors, or mappings and tuples of them, one per shard -> one of the same form; see ``Sharded``."""
     first = answers[0]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import expunge as ex
+from expunge.combine import Decay
 from expunge.methods.l1_sparse import l1_sparse
 from expunge.oracle import Oracle
 from tests.golden.by_hand import ALL, descended, furthest, normalised, whole
@@ -73,3 +74,42 @@ def test_forget_data_are_not_needed() -> None:
     ex.unlearn(model, request, task=ex.Classification(3, call=call), method=l1_sparse(steps=5))
     assert seen
     assert not seen & set(request.forget.ids.tolist())
+
+
+def authors_weight(alpha: float, epoch: int, epochs: int, no_l1_epochs: int) -> float:
+    """The rule that unlearn/FT.py of OPTML-Group/Unlearn-Sparse @ 80ba55d states, in our own words."""
+    left = epochs - no_l1_epochs
+    return alpha * (1 - epoch / left) if epoch < left else 0.0
+
+
+@pytest.mark.parametrize(("epochs", "quiet"), [(10, 0), (10, 3), (7, 2)])
+def test_the_schedule_by_epochs_is_that_of_the_authors(epochs: int, quiet: int) -> None:
+    weight = Decay(2e-4, until=1 - quiet / epochs, levels=epochs)
+    for step in range(epochs * 13):
+        expected = authors_weight(2e-4, step // 13, epochs, quiet)
+        assert weight(step / (epochs * 13)) == pytest.approx(expected, abs=1e-18)
+
+
+def test_the_other_forms_of_the_schedule() -> None:
+    shares = (0.0, 0.25, 0.5, 0.75)
+    assert [Decay(2.0, "constant", 0.5)(s) for s in shares] == [2.0, 2.0, 0.0, 0.0]
+    assert [Decay(2.0, "rising")(s) for s in shares] == [0.0, 0.5, 1.0, 1.5]
+    assert [Decay(2.0, "rising", 0.5)(s) for s in shares] == [0.0, 1.0, 0.0, 0.0]
+    for wrong in ({"form": "none"}, {"until": 0.0}, {"levels": 0}):
+        with pytest.raises(ex.Refused, match=next(iter(wrong))):
+            Decay(1.0, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_settings_of_the_method_reach_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    grad = Oracle.grad
+
+    def watching(oracle: Oracle, weights: dict[str, float], scope: ex.Scope | None = None) -> dict[str, torch.Tensor]:
+        asked.append(weights["sparsity"])
+        return grad(oracle, weights, scope)
+
+    monkeypatch.setattr(Oracle, "grad", watching)
+    model, request = small()
+    stage = l1_sparse(alpha=0.02, steps=8, schedule="rising", without=0.25, levels=4)
+    ex.unlearn(model, request, task=TASK, method=stage)
+    assert asked == pytest.approx([0.0, 0.0, 0.02 / 3, 0.02 / 3, 0.04 / 3, 0.04 / 3, 0.0, 0.0], abs=1e-15)

@@ -113,3 +113,55 @@ def test_a_class_is_forgotten_more_than_the_others() -> None:
     lost = [accuracy(model, data) - accuracy(done.model, data) for data in (request.forget, request.retain)]
     assert lost[0] > 0.1
     assert lost[1] < 0.05
+
+
+def test_repair_fine_tunes_the_head_alone_as_the_authors_classifier_unlearning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam on the cross-entropy of labelled retain data, over the last layer: VUnlearning.py's, by torch."""
+    net, request = setting()
+    settings = {"lr": 1e-2, "steps": 1, "batch": 99}
+    found = []
+    for repair in (0, 4):
+        known = iter([quiet(33), quiet(34)])
+        monkeypatch.setattr(
+            importlib.import_module("expunge.methods.laf"), "fitted", lambda *_, known=known: next(known)
+        )
+        stage = methods.laf(**settings, repair=repair, repair_lr=3e-2, labelled=1.0)
+        found.append(ex.unlearn(net, request, task=TASK, method=stage).model)
+    start, done = found
+    batch = next(iter(request.retain.batches(99)))  # type: ignore[union-attr]
+    optimizer = torch.optim.Adam(start[2].parameters(), lr=3e-2)  # type: ignore[index]
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(start(batch["x"]), batch["y"]).backward()
+        optimizer.step()
+    for p, q in zip(done.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-11)
+
+
+def test_repair_reads_so_many_labels_and_never_those_of_the_forget_data() -> None:
+    model, request = digits(8)
+    read: set[int] = set()
+    nll = ex.Classification.nll
+
+    class Reading(ex.Classification):
+        def nll(self, model: nn.Module, batch: dict) -> torch.Tensor:  # type: ignore[override, type-arg]
+            if torch.is_grad_enabled():  # not the looks that ``unlearn`` takes before it begins
+                read.update(batch["id"].tolist())
+            return nll(self, model, batch)
+
+    stage = methods.laf(steps=2, epochs=1, repair=40, labelled=0.05, batch=16)
+    ex.unlearn(model, request, task=Reading(10), method=stage)
+    assert not read & set(request.forget.ids.tolist())  # type: ignore[union-attr]
+    assert len(read) == -(-len(request.retain) // 20)  # type: ignore[arg-type]
+
+
+def test_repair_restores_what_laf_cost_the_others() -> None:
+    model, request = digits(8)
+    losses = []
+    for repair in (0, 60):
+        stage = methods.laf(lr=3e-3, align_lr=3e-3, epochs=20, steps=200, repair=repair)
+        done = ex.unlearn(model, request, task=ex.Classification(10), method=stage)
+        batch = next(iter(request.retain.batches(999)))  # type: ignore[union-attr]
+        losses.append(float(nn.functional.cross_entropy(done.model(batch["x"]), batch["y"]).detach()))
+        assert accuracy(model, request.forget) - accuracy(done.model, request.forget) > 0.1  # type: ignore[arg-type]
+    assert losses[1] < losses[0]

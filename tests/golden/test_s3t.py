@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from expunge import Data, Refused, Request, load_weights, registry, save_weights, unlearn
 from expunge.core import Key, RunFailed
 from expunge.data.sources import as_data, collect
-from expunge.sequences import Sequenced, Sequences, deletion_capacity, groups, rotations
+from expunge.orders import Sequences, deletion_capacity, matched, rotations
+from expunge.sequences import Sequenced, groups
 from expunge.shards import merge, place, train_shards, untrained
 from tests.fixtures import odd, tiny
 
@@ -253,3 +254,82 @@ def test_refusals() -> None:
         unlearn(trained(), replace(found.request, retain=None), task=found.task, method=s3t())
     with pytest.raises(RunFailed, match="no shard"):
         Sequenced(found.model, 2, 2, 1, "votes", 0)(collect(data)["x"][:2])
+
+
+BMS = {
+    (0.4, 0.3, 0.2, 0.1): [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]],
+    (0.05, 0.3, 0.15, 0.1, 0.4): [[0, 3, 2, 1, 4], [1, 4, 0, 2, 3], [2, 1, 4, 3, 0], [3, 0, 1, 4, 2], [4, 2, 3, 0, 1]],
+    (0.02, 0.03, 0.05, 0.01, 0.04, 0.06): [
+        [0, 3, 1, 4, 5, 2],
+        [1, 4, 2, 5, 3, 0],
+        [2, 5, 0, 3, 1, 4],
+        [3, 0, 4, 1, 2, 5],
+        [4, 1, 5, 2, 0, 3],
+        [5, 2, 3, 0, 4, 1],
+    ],
+}
+"""Risks of slices -> orders by ``bms_selection`` of brcsomnath/S3T @ 3ecb73b (src/sequence_selection.py)."""
+
+
+@pytest.mark.parametrize("risks", list(BMS))
+def test_matched_orders_are_those_of_the_authors_code(risks: tuple[float, ...]) -> None:
+    assert sorted(matched(risks, len(risks))) == BMS[risks]
+    best = matched(risks, 2)
+    assert best == matched(risks, len(risks))[:2]
+    assert best[0][0] == min(range(len(risks)), key=lambda k: risks[k])
+    for wrong in ((-0.1, 0.5), (0.7, 0.6)):
+        with pytest.raises(Refused, match="risks"):
+            matched(wrong, 1)
+
+
+def test_matched_orders_outlive_cyclic_ones_where_risks_are_unlike() -> None:
+    """Requests drawn by risk; the mean length of the longest prefix left after ten of them, over 2,000 runs."""
+    risks = (0.5, 0.02, 0.4, 0.05, 0.03)
+    drawn = torch.multinomial(torch.tensor(risks), 20_000, True, generator=Key(1).generator()).view(2000, 10).tolist()
+    length = {}
+    for name, orders in (("cyclic", rotations(5, 2)), ("matched", matched(risks, 2))):
+        total = 0
+        for requests in drawn:
+            sequences = Sequences.whole(1, 5, 2, orders)
+            for number in requests:
+                sequences.delete(0, number)
+            total += max(sequences.alive[0])
+        length[name] = total / 2000
+    assert length["matched"] > length["cyclic"] + 0.3
+
+
+@pytest.mark.parametrize("changes", [{"risks": (0.7, 0.1, 0.2)}, {"rank": 2, "start": "given"}], ids=["risks", "rank"])
+def test_orders_by_risk_and_adapters_delete_exactly(changes: dict[str, Any]) -> None:
+    """After a deletion what serves is what training on the other slices gives, to the bit; slices by a column."""
+    found, data = tiny("classification"), everything()
+    data = data.annotate("slice", torch.arange(len(data)) % SLICES)
+    method, network = s3t(epochs=1.0, **changes), found.make(3).eval()
+    whole = train_shards(network, data, found.task, method)
+    assert whole.orders.tolist() == (
+        matched(changes["risks"], BUDGET) if "risks" in changes else rotations(SLICES, BUDGET)
+    )
+    gone = [int(i) for i in data.ids[torch.arange(len(data)) % SLICES == 0][:1]]
+    left = unlearn(whole, asked(data, gone), task=found.task, method=method).model
+    hit, served = int(place(torch.tensor(gone), SHARDS, SLICES)[0, 0]), left.sequences.serving()
+    assert all(0 not in left.orders[order][: stage + 1].tolist() for shard, order, stage in served if shard == hit)
+    batch = collect(data)
+    batch["x"][torch.isin(data.ids, torch.tensor(gone))] += 1.0  # another example in its place
+    other = as_data({"x": batch["x"], "y": batch["y"]}, ids=data.ids).annotate("slice", data.columns["slice"])
+    again = train_shards(network, other, found.task, method)
+    for shard, order, stage in served:
+        assert same(left.stages(shard, order)[stage], again.stages(shard, order)[stage])
+    if "rank" in changes:
+        first, start = whole.stages(0, 0)[0], network
+        moved = [n for n, p in first.named_parameters() if not torch.equal(p, start.get_parameter(n))]
+        assert moved == ["5.weight", "7.weight"]
+        change = first.get_parameter("5.weight") - start.get_parameter("5.weight")
+        assert int(torch.linalg.matrix_rank(change, rtol=1e-4)) <= 2
+
+
+def test_risks_and_slices_out_of_range_are_refused() -> None:
+    found, data = tiny("classification"), everything()
+    with pytest.raises(Refused, match="2 numbers for 3 slices"):
+        s3t(risks=(0.5, 0.5))
+    wrong = data.annotate("slice", torch.arange(len(data)))
+    with pytest.raises(Refused, match="column 'slice'"):
+        train_shards(found.make(3), wrong, found.task, s3t())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from expunge.combine import Decay, Weighted
 from expunge.core import Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import L1, NLL
 from expunge.optim import Adam
-from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
+from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, method
 
 
 @method(
@@ -18,7 +18,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
     dose="steps",
     cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
     departures={
-        "decay": "the l1 weight falls at every step; authors' code lowers it once per epoch",
+        "decay": "the l1 weight falls at every step by default; authors' code lowers it once per epoch, which is levels=",
         "optimizer": "Adam without weight decay, which shrinks a weight that the retain loss does not hold at a "
         "rate of its own size; the paper uses SGD with momentum and weight decay",
         "norm_stats": "frozen by default; the published runs train with live batch statistics",
@@ -27,6 +27,9 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 def l1_sparse(
     *,
     alpha: NonNegative = 3e-3,
+    schedule: Literal["falling", "constant", "rising"] = "falling",
+    without: Annotated[float, Range(0, 1, open_high=True)] = 0.0,
+    levels: Annotated[int | None, Range(1)] = None,
     lr: Positive = 3e-3,
     steps: Count = 75,
     batch: AtLeastOne = 64,
@@ -37,11 +40,14 @@ def l1_sparse(
     Small weights, among them those that only the forget data needed, shrink away, and no weight is cut to exact zero.
     It does not promise that anything is forgotten, as no forget example is looked at.
 
-    Formula: min_theta mean over D_r of NLL + alpha (1 - t / steps) ||theta||_1 at step t = 0 .. steps - 1, over every
-    parameter in scope (normalisation scales and biases too, as the authors do).
+    Formula: min_theta mean over D_r of NLL + alpha (1 - t / T) ||theta||_1 at step t = 0 .. T - 1, over every parameter in
+    scope (normalisation scales and biases too, as the authors do), T = (1 - without) steps; then the NLL alone.
 
     Args:
         alpha: first weight of the l1 norm, >= 0; 0 is plain fine-tuning.
+        schedule: of the l1 weight until T: "falling" to 0, "constant", or "rising" from 0 towards alpha.
+        without: share of the steps, the last ones, that are without l1 norm, in [0, 1).
+        levels: how many parts of the steps have one l1 weight each (epochs); None: each step its own.
         lr: learning rate of Adam, > 0.
         steps: optimizer steps, >= 0; 0 changes nothing.
         batch: retain examples per step, >= 1.
@@ -49,9 +55,9 @@ def l1_sparse(
 
     The published setting, CIFAR-10 and ResNet-18: SGD, lr 0.01, momentum 0.9, weight decay 5e-4, batch 256, 10 epochs,
     alpha 1e-4, live statistics: ``Descend(retain=NLL(), others={"sparsity": L1()}, optimizer=SGD(0.01, 0.9, 5e-4),
-    combine=Weighted({"sparsity": Decay(1e-4)}), batch=256, epochs=10, norm_stats="live")``.
+    combine=Weighted({"sparsity": Decay(1e-4, levels=10)}), batch=256, epochs=10, norm_stats="live")``.
     """
-    weights = {"sparsity": Decay(alpha)}
+    weights = {"sparsity": Decay(alpha, schedule, 1.0 - without, levels)}
     return Descend(
         retain=NLL(),
         others={"sparsity": L1()},

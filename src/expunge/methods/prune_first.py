@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import nn
+
 from expunge.core import Refused, Stage, chain
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL
 from expunge.optim import Adam
 from expunge.prune import Prune
 from expunge.registry import AtLeastOne, Count, Positive, Share, method
+from expunge.rewind import OnAll, Rewind
 
-_STEPS = "rounds * steps * min(batch, n_retain)"
+_STEPS = "rounds * steps * min(batch, n_retain + (on == 'all') * n_forget)"
 _FLOW = "(share > 0) * rounds * cuts * (by == 'synflow')"
 
 
@@ -23,8 +26,9 @@ _FLOW = "(share > 0) * rounds * cuts * (by == 'synflow')"
     cost={"forward": f"{_FLOW} + {_STEPS}", "backward": f"{_FLOW} + {_STEPS}"},
     departures={
         "dose": "unlearning is fine-tuning and the inner method, which have doses of their own; without them, share 0 changes nothing",
-        "training": "what is left is fine-tuned on the retain data; the paper prunes while it trains on all data: it rewinds the weights that are left to "
-        "those of epoch 8 and trains again (OMP, IMP), or prunes before training (SynFlow)",
+        "training": "by default what is left is fine-tuned from its own values on the retain data; the paper prunes while it trains, "
+        "on all data: on='all', with rewind= for the early weights, which only the caller has",
+        "rate": "the learning rate is one number; the authors rewind its schedule with the weights",
         "layers": "linear layers are pruned too, the last one included; the authors prune convolutions alone",
         "share": "half of the weights by default, not 95 %, which small networks do not survive",
     },
@@ -35,6 +39,8 @@ def prune_first(
     share: Share = 0.5,
     by: Literal["magnitude", "synflow"] = "magnitude",
     rounds: AtLeastOne = 1,
+    rewind: nn.Module | str | None = None,
+    on: Literal["retain", "all"] = "retain",
     dimensions: AtLeastOne = 2,
     cuts: AtLeastOne = 100,
     lr: Positive = 3e-3,
@@ -42,35 +48,43 @@ def prune_first(
     batch: AtLeastOne = 64,
     norm_stats: Literal["frozen", "live"] = "frozen",
 ) -> Stage:
-    """Set the least of the weights to 0, fine-tune the others on the retain data, and run another method on them.
+    """Set the least of the weights to 0, train the others again, and run another method on them.
 
     Pruned weights are out of scope from then on: 0 to the bit in the model that comes back, whatever the inner method.
     It does not promise that pruning alone forgets: small weights may hold nothing of the forget data.
 
-    Formula: m = 1[score >= tau], tau the `share` quantile; theta <- m theta; Adam on the mean over D_r of NLL within m;
-    inner on m theta.
+    Formula: m = 1[score >= tau], tau the `share` quantile; theta <- m theta, or m theta_early; Adam on the mean of NLL
+    within m; inner on m theta. OMP: rounds 1; IMP: rounds n; both with rewind=, the weights of an early epoch. SynFlow
+    scores the weights that training begins from: with rewind= it rewinds before it cuts, and else scores those given.
 
     Args:
         inner: what to run on the pruned model, such as ``methods.ssd()`` or a Descend; None runs nothing after the
-            fine-tuning. What it needs and costs comes on top of what is declared here. In a run file:
+            training. What it needs and costs comes on top of what is declared here. In a run file:
             ``inner = {name = "ssd"}``.
         share: of the weights, pruned in the end, in [0, 1]; the inner method alone at 0 and steps 0.
         by: "magnitude", or "synflow" (floating inputs); see ``Prune``.
-        rounds: prune and fine-tune so often, the same share of what is left each time, >= 1.
+        rounds: prune and train so often, the same share of what is left each time, >= 1.
+        rewind: the model, or a weights file of it, that weights go back to in every round (``Rewind``); None: they stay.
+        on: what to train on after a cut: the "retain" data, or "all", as before any request, which needs forget data.
         dimensions: of the tensors that are pruned, at least, >= 1; 3 prunes convolutions only.
-        cuts: that synflow takes one share in, its scores anew after each, >= 1; 100 as released.
-        lr: learning rate of Adam while fine-tuning, > 0.
-        steps: of fine-tuning after each cut, >= 0.
-        batch: retain examples per step, >= 1.
-        norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout, while fine-tuning.
+        cuts: that synflow takes one share in, its scores anew after each, >= 1; the authors cut once.
+        lr: learning rate of Adam after a cut, > 0.
+        steps: of training after each cut, >= 0.
+        batch: examples per step, >= 1.
+        norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout, while training.
 
     Raises:
-        Refused: for an inner method that is no stage.
+        Refused: for an inner method that is no stage, or a checkpoint of another model.
 
-    Published setting: share 0.95 in one cut, or a fifth of what is left in each round (IMP), dimensions 3.
+    Published setting: share 0.95 in one cut, or a fifth of what is left in each round (IMP), rewound to epoch 8 of 182,
+    on="all", dimensions 3, cuts 1.
     """
     if inner is not None and not callable(inner):
         raise Refused(f"prune_first: inner must be a stage, such as methods.ssd(), found {inner!r}")
     cut = Prune(1.0 - (1.0 - share) ** (1.0 / rounds), by, dimensions, cuts)
-    recover = Descend(retain=NLL(), steps=steps, batch=batch, optimizer=Adam(lr), norm_stats=norm_stats, guard=Guard())
-    return chain(*(cut, recover) * rounds, *(() if inner is None else (inner,)))
+    guard = Guard() if rewind is None else None  # early weights are bad ones, and a guard would keep them
+    train = Descend(retain=NLL(), steps=steps, batch=batch, optimizer=Adam(lr), norm_stats=norm_stats, guard=guard)
+    recover = OnAll(train) if on == "all" else train
+    back = () if rewind is None else (Rewind(rewind),)
+    one = (*back, cut, recover) if by == "synflow" else (cut, *back, recover)
+    return chain(*one * rounds, *(() if inner is None else (inner,)))

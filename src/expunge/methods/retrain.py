@@ -13,7 +13,7 @@ from expunge.core import Case, Stage
 from expunge.descend import Descend
 from expunge.edits import reinitialise
 from expunge.objectives import NLL
-from expunge.optim import SGD, Adam, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
+from expunge.optim import Constant, Cosine, Linear, Optimizer, Schedule, by_name
 from expunge.registry import AtLeastOne, NonNegative, Positive, Range, method
 from expunge.scope import edit
 
@@ -62,13 +62,8 @@ def retrain(
         schedule: of the learning rate, over the run: "constant", "linear" or "cosine" decay to 0.
         make: builds the model untrained; None resets every module of a copy by its own ``reset_parameters``.
     """
-    rates: dict[str, Optimizer] = {
-        "adam": Adam(lr, weight_decay=weight_decay),
-        "sgd": SGD(lr, momentum, weight_decay),
-        "adamw": AdamW(lr, weight_decay=weight_decay),
-    }
     schedules: dict[str, Schedule] = {"constant": Constant(), "linear": Linear(), "cosine": Cosine()}
-    return _Retrain(rates[optimizer], schedules[schedule], float(epochs), batch, make)
+    return _Retrain(by_name(optimizer, lr, momentum, weight_decay), schedules[schedule], float(epochs), batch, make)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from expunge.core import Case, Key, Stage
+from expunge.core import Case, Key, Refused, Stage
 from expunge.descend import Descend
 from expunge.journal import described
 from expunge.objectives import NLL
-from expunge.optim import SGD, Adam, AdamW, Optimizer
-from expunge.registry import AtLeastOne, NonNegative, Positive, Range, method
+from expunge.optim import Optimizer, by_name
+from expunge.orders import matched
+from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, method
 from expunge.sequences import TrainSequences
-from expunge.shards import RULES
+from expunge.shards import RULES, rule_for
+from expunge.wrap import LoRA, in_adapter
 
 _ROWS = "epochs * n_retain * budget * (slices + 1) / 2"
 _MANY = "what comes back is shards x orders x slices of such networks, called as one of them is"
@@ -30,8 +32,9 @@ _MANY = "what comes back is shards x orders x slices of such networks, called as
     cost={"forward": _ROWS, "backward": _ROWS},
     departures={
         "dose": "there is none: a stage is in service or not",
-        "layers": "a stage trains the weights of its layers; the paper trains adapters (LoRA) on them",
-        "orders": "cyclic ones, for uniform deletion; the choice for known deletion probabilities is not there",
+        "layers": "a stage trains the weights of its layers by default; the paper adapters (LoRA), which is rank=",
+        "adapters": "merged after each stage, and on the last layer too, which the paper trains whole; no dropout",
+        "orders": "of those that matching builds, one per slice, the best are taken; conditional sampling is not there",
         "placement": "by a hash of the id, so that nobody has to remember where an example went",
         "contract:cost": "rows depend on the ids that fall in each slice; declared is the whole training, about",
         "contract:kind": _MANY,
@@ -45,6 +48,8 @@ def s3t(
     shards: AtLeastOne = 2,
     slices: AtLeastOne = 3,
     budget: AtLeastOne = 2,
+    risks: tuple[float, ...] | None = None,
+    rank: Count = 0,
     start: Literal["fresh", "given"] = "fresh",
     together: Literal["by task", "probabilities", "outputs", "votes"] = "by task",
     optimizer: Literal["adam", "adamw", "sgd"] = "adam",
@@ -72,6 +77,9 @@ def s3t(
         shards: independent networks, >= 1.
         slices: of each shard, >= 1.
         budget: orders of the slices per shard, 1 to `slices`; training and memory grow with it.
+        risks: probability of deletion of each slice, at least 0 with a sum of at most 1, for orders by bipartite matching;
+            None for cyclic ones, best where all are alike. Slices of unlike risk need a column ``slice`` in the data.
+        rank: of the adapters that a stage trains on its layers, with start="given"; 0 trains their weights.
         start: "fresh" weights, or "given" for those of a network trained on other data; exact only if it was.
         together: how the shards' answers become one: "probabilities" (log of the mean softmax), "outputs" (mean),
             "votes" (of the class put first), or "by task": probabilities for classes, outputs otherwise.
@@ -84,12 +92,12 @@ def s3t(
         make: builds the network untrained, the same one at every call; None resets every module of a copy by its own
             ``reset_parameters``.
     """
-    rates: dict[str, Optimizer] = {
-        "adam": Adam(lr, weight_decay=weight_decay),
-        "sgd": SGD(lr, momentum, weight_decay),
-        "adamw": AdamW(lr, weight_decay=weight_decay),
-    }
-    return _S3T(shards, slices, budget, start, together, rates[optimizer], float(epochs), batch, make)
+    if risks is not None and len(risks) != slices:
+        raise Refused(f"s3t: risks has {len(risks)} numbers for {slices} slices; give one per slice")
+    if risks is not None:
+        matched(risks, budget)
+    rate = by_name(optimizer, lr, momentum, weight_decay)
+    return _S3T(shards, slices, budget, start, together, rate, float(epochs), batch, make, risks, rank)
 
 
 @dataclass(frozen=True)
@@ -103,10 +111,11 @@ class _S3T:
     epochs: float
     batch: int
     make: Callable[[], nn.Module] | None = field(repr=False)
+    risks: tuple[float, ...] | None = None
+    rank: int = 0
 
     def __call__(self, case: Case) -> Case:
-        classes = hasattr(case.task, "logits")
-        rule = ("probabilities" if classes else "outputs") if self.together == "by task" else self.together
+        rule = rule_for(case.task, self.together)
         return self._plan(rule, any(not p.requires_grad for p in case.model.parameters()), described(case.task))(case)
 
     def rebuilt(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -115,7 +124,9 @@ class _S3T:
 
     def _plan(self, rule: str, frozen: bool, task: str) -> TrainSequences:
         norm: Literal["frozen", "live"] = "frozen" if frozen else "live"
-        train = Descend(retain=NLL(), optimizer=self.optimizer, epochs=self.epochs, batch=self.batch, norm_stats=norm)
-        recipe: list[Any] = [train, task, rule, self.start, self.make]
+        descend = Descend(retain=NLL(), optimizer=self.optimizer, epochs=self.epochs, batch=self.batch, norm_stats=norm)
+        lora = LoRA(max(1, self.rank), float(max(1, self.rank)), stabilised=True)
+        train: Stage = in_adapter(lora, descend) if self.rank else descend
+        recipe: list[Any] = [train, task, rule, self.start, self.make, self.risks]
         sizes = (self.shards, self.slices, self.budget)
-        return TrainSequences(*sizes, rule, train, described(recipe), self.start, self.make)
+        return TrainSequences(*sizes, rule, train, described(recipe), self.start, self.make, self.risks)

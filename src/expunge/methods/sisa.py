@@ -12,9 +12,9 @@ from expunge.core import Case, Key, Stage
 from expunge.descend import Descend
 from expunge.journal import described
 from expunge.objectives import NLL
-from expunge.optim import SGD, Adam, AdamW, Constant, Cosine, Linear, Optimizer, Schedule
+from expunge.optim import Constant, Cosine, Linear, Optimizer, Schedule, by_name
 from expunge.registry import AtLeastOne, NonNegative, Positive, Range, method
-from expunge.shards import RULES, TrainShards
+from expunge.shards import RULES, TrainShards, rule_for
 
 _SHARDED = "what comes back is the sharded model: shards x slices of such networks, called as one of them is"
 
@@ -82,14 +82,10 @@ def sisa(
         make: builds the network untrained, the same one at every call; None resets every module of a copy by its own
             ``reset_parameters``.
     """
-    rates: dict[str, Optimizer] = {
-        "adam": Adam(lr, weight_decay=weight_decay),
-        "sgd": SGD(lr, momentum, weight_decay),
-        "adamw": AdamW(lr, weight_decay=weight_decay),
-    }
     schedules: dict[str, Schedule] = {"constant": Constant(), "linear": Linear(), "cosine": Cosine()}
     share = 2 * float(epochs) / (slices + 1)
-    return _Sisa(shards, slices, together, rates[optimizer], schedules[schedule], share, batch, make)
+    rate = by_name(optimizer, lr, momentum, weight_decay)
+    return _Sisa(shards, slices, together, rate, schedules[schedule], share, batch, make)
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,7 @@ class _Sisa:
     make: Callable[[], nn.Module] | None = field(repr=False)
 
     def __call__(self, case: Case) -> Case:
-        classes = hasattr(case.task, "logits")
-        rule = ("probabilities" if classes else "outputs") if self.together == "by task" else self.together
+        rule = rule_for(case.task, self.together)
         return self._plan(rule, any(not p.requires_grad for p in case.model.parameters()), described(case.task))(case)
 
     def rebuilt(self, model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
