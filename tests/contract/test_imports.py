@@ -81,6 +81,7 @@ ORDER: list[set[str]] = [
         "rectify",
         "balance",
         "restriction",
+        "fidelity",
     },
     {"smooth", "salient_rows", "dampening", "prune"},
     {"projection", "detector", "gated_layers"},
