@@ -88,7 +88,7 @@ ORDER: list[set[str]] = [
     {"gate"},
     {"descend", "turns"},
     {"likeness", "afresh"},
-    {"retain_choice"},
+    {"retain_choice", "concept_bank"},
     {"shards"},
     {"sequences"},
     {"methods.*", "data.builtin", "attacks.*", "guarantees.*"},
