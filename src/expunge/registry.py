@@ -315,7 +315,16 @@ def asked_for(also: Iterable[str] = ()) -> dict[str, Any]:
 
 _PARTS = {
     "objectives": (
-        ("objectives", "token_objectives", "preference", "confidence", "label_smoothing", "deviation", "power_losses"),
+        (
+            "objectives",
+            "token_objectives",
+            "preference",
+            "confidence",
+            "confusion_objectives",
+            "label_smoothing",
+            "deviation",
+            "power_losses",
+        ),
         "__call__",
     ),
     "combiners": (

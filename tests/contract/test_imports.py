@@ -78,6 +78,7 @@ ORDER: list[set[str]] = [
         "label_smoothing",
         "deviation",
         "power_losses",
+        "confusion_objectives",
         "rectify",
         "balance",
         "restriction",

@@ -75,6 +75,7 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
 ONLY = {
     "Margin": ("classification",),
     "SmoothedLabel": ("classification",),
+    "SoftMetric": ("classification",),
     **dict.fromkeys(("TargetError", "FollowTeacher"), ("regression",)),
     "CEU": ("causal_lm",),
     **dict.fromkeys(

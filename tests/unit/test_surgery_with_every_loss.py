@@ -37,6 +37,7 @@ ELSEWHERE = {
     "TargetError",
     "Margin",
     "SmoothedLabel",
+    "SoftMetric",
     "EWC",
     "L1",
     "Norm",
