@@ -324,6 +324,7 @@ _PARTS = {
             "label_smoothing",
             "deviation",
             "power_losses",
+            "perturbed",
         ),
         "__call__",
     ),

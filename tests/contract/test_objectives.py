@@ -76,6 +76,7 @@ ONLY = {
     "Margin": ("classification",),
     "SmoothedLabel": ("classification",),
     "SoftMetric": ("classification",),
+    "OnPerturbed": ("classification", "regression"),
     **dict.fromkeys(("TargetError", "FollowTeacher"), ("regression",)),
     "CEU": ("causal_lm",),
     **dict.fromkeys(
