@@ -163,7 +163,7 @@ def logits_layer(case: Case) -> nn.Linear:
     if not found:
         raise Refused(
             "expected a model whose last layer is linear and gives the logits, and this one's does not: boundary_expand adds "
-            "a row to that layer, fisher_forgetting draws rows of it anew unless reset=False, laf reads what goes into it"
+            "a row to that layer, fisher_forgetting draws rows of it anew unless reset=False, laf and concept_poison read what goes into it"
         )
     return found[-1]
 

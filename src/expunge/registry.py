@@ -329,6 +329,8 @@ _PARTS = {
             "deviation",
             "power_losses",
             "group_lasso",
+            "confusion_objectives",
+            "perturbed",
         ),
         "__call__",
     ),

@@ -75,6 +75,8 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
 ONLY = {
     "Margin": ("classification",),
     "SmoothedLabel": ("classification",),
+    "SoftMetric": ("classification",),
+    "OnPerturbed": ("classification", "regression"),
     **dict.fromkeys(("TargetError", "FollowTeacher"), ("regression",)),
     "CEU": ("causal_lm",),
     **dict.fromkeys(

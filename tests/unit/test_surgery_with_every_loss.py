@@ -37,10 +37,12 @@ ELSEWHERE = {
     "TargetError",
     "Margin",
     "SmoothedLabel",
+    "SoftMetric",
+    "OnPerturbed",
     "EWC",
     "L1",
     "Norm",
-}  # one row of class logits; and penalties, which read no data
+}  # one row of class logits; floating inputs; and penalties, which read no data
 NAMED = {name: kind for name, kind in registry.parts("objectives").items() if name not in ELSEWHERE}
 OBJECTIVES: dict[str, Objective] = {
     **{name: kind() for name, kind in NAMED.items()},
