@@ -86,7 +86,7 @@ ORDER: list[set[str]] = [
     {"projection", "detector", "gated_layers"},
     {"gate"},
     {"descend", "turns"},
-    {"likeness", "afresh"},
+    {"likeness", "afresh", "forget_vectors"},
     {"retain_choice"},
     {"shards"},
     {"sequences"},
