@@ -329,6 +329,7 @@ _PARTS = {
             "rectify",
             "balance",
             "restriction",
+            "zeroth",
         ),
         "combine",
     ),
