@@ -499,12 +499,12 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
     parameters = case.scope.parameters(case.model)
     module = _PerExample(case, objective)
     fixed = {name: p.detach() for name, p in case.model.named_parameters() if name not in parameters}
-    places = _places(case.model)
+    where = places(case.model)
 
     def loss(values: dict[str, Tensor], row: Any) -> Tensor:
         single = map_tensors(lambda t: t.unsqueeze(0), row)
         every = {**fixed, **values}
-        named = {f"model.{place}": every[name] for place, name in places.items()}
+        named = {f"model.{place}": every[name] for place, name in where.items()}
         return torch.func.functional_call(module, named, (single,), tie_weights=False).sum()
 
     values = {name: p.detach() for name, p in parameters.items()}
@@ -526,7 +526,7 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
     return {name: _masked(case, name, grad) for name, grad in grads.items()}
 
 
-def _places(model: nn.Module) -> dict[str, str]:
+def places(model: nn.Module) -> dict[str, str]:
     """Where each parameter stands -> its canonical name; tied ones have several places, a module used twice has one.
 
     Swapped by torch under both names of such a module, its parameters would not be put back.

@@ -14,7 +14,7 @@ from expunge import runtime
 from expunge.combine import State, Weighted
 from expunge.compose import ZerothOrder, clock_of
 from expunge.core import Combiner, Grads, Key, require
-from expunge.oracle import Oracle, Weight, example_weights, per_example
+from expunge.oracle import Oracle, Weight, example_weights, per_example, places
 from expunge.reuse import Reuse
 from expunge.scope import Scope
 
@@ -186,7 +186,15 @@ class _Walk:
         if alone and self._plan.parallel > 1 and oracle.roles[role].source is not None:
             moved = p.detach().flatten().repeat(len(chunk), 1)
             moved[torch.arange(len(chunk)), chunk] += self._plan.mu
-            return together(oracle, role, name, moved.reshape(len(chunk), *p.shape))
+            before = oracle.case.meter.forward
+            try:
+                return together(oracle, role, name, moved.reshape(len(chunk), *p.shape))
+            except RuntimeError as error:
+                oracle.case.meter.forward = before
+                why = str(error).splitlines()[0][:120]
+                oracle.case.meter.note(
+                    f"coordinates were looked at one by one: the model cannot be batched over them ({why})"
+                )
         found = []
         for index in chunk.tolist():
             unit = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
@@ -212,13 +220,16 @@ class _Loss(nn.Module):
 def together(oracle: Oracle, role: str, name: str, values: Tensor) -> Tensor:
     """[n] float64: the role's loss with parameter `name` at each of `values` [n, ...], in one batched pass.
 
-    What stands before that parameter is computed once for all. Raises torch's own error for a model whose control flow
-    depends on its numbers.
+    What stands before that parameter is computed once for all.
+
+    Raises:
+        RuntimeError: torch's own, for a model that cannot be batched (its control flow depends on its numbers).
     """
     module, before = _Loss(oracle, role), oracle.case.meter.forward
+    where = [f"model.{place}" for place, own in places(oracle.case.model).items() if own == name]
 
     def loss(value: Tensor) -> Tensor:
-        return torch.func.functional_call(module, {f"model.{name}": value}, ())
+        return torch.func.functional_call(module, dict.fromkeys(where, value), (), tie_weights=False)
 
     found = torch.func.vmap(loss, randomness="error")(values)
     rows = oracle.case.meter.forward - before

@@ -161,6 +161,36 @@ def test_batched_looks_equal_single_ones(reuse: bool) -> None:
     assert rows[0] == rows[1]
 
 
+class Branching(nn.Module):
+    """Its control flow depends on its numbers."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return out if float(out.sum()) > 0 else 2 * out
+
+
+@pytest.mark.parametrize("name", ["odd", "branching"])
+def test_batched_looks_of_strange_models(name: str) -> None:
+    """Shared and tied layers, each swapped once and put back; or one by one, where torch cannot batch, and a note."""
+    found = odd() if name == "odd" else tiny("classification")
+    found = replace(found, model=found.model if name == "odd" else Branching(found.model))
+    before = {n: p.detach().clone() for n, p in found.model.named_parameters()}
+    rows, grads = [], []
+    for parallel in (1, 5):
+        oracle = of(found)
+        with oracle.case.meter.watch(found.model):
+            grads.append(flat(estimate(oracle, count=40, queries=0, mu=1e-2, parallel=parallel)))
+        rows.append(oracle.case.meter.forward)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-3)
+    assert rows[0] == rows[1]
+    assert bool(oracle.case.meter.notes) == (name == "branching")
+    assert all(torch.equal(p, before[n]) for n, p in found.model.named_parameters())
+
+
 def test_zo_grasp_scores_are_those_of_the_hessian() -> None:
     """|theta H g| by differentiating twice; along many directions the estimate ranks as it does."""
     oracle = of(roles={"retain": ROLES["retain"]})
