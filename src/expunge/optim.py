@@ -277,4 +277,24 @@ class Milestones:
         return self.gamma ** sum(progress >= share for share in self.at)
 
 
-Schedule = Constant | Linear | Cosine | Milestones
+@dataclass(frozen=True)
+class Exponential:
+    """The learning rate falls by equal factors, from 1 at the start to `end` at the end of the run: end^progress.
+
+    An exponential decay by a factor per epoch is ``end=factor**epochs``, here spread over the steps.
+
+    Args:
+        end: > 0; 1 keeps the rate.
+    """
+
+    end: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.end > 0, self, "end", "above 0")
+
+    def factor(self, progress: float) -> float:
+        """Multiplier of the learning rate at `progress` (0 .. 1)."""
+        return self.end**progress
+
+
+Schedule = Constant | Linear | Cosine | Milestones | Exponential

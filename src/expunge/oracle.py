@@ -499,12 +499,12 @@ def example_gradients(case: Case, objective: Objective, batch: Batch) -> dict[st
     parameters = case.scope.parameters(case.model)
     module = _PerExample(case, objective)
     fixed = {name: p.detach() for name, p in case.model.named_parameters() if name not in parameters}
-    places = _places(case.model)
+    where = places(case.model)
 
     def loss(values: dict[str, Tensor], row: Any) -> Tensor:
         single = map_tensors(lambda t: t.unsqueeze(0), row)
         every = {**fixed, **values}
-        named = {f"model.{place}": every[name] for place, name in places.items()}
+        named = {f"model.{place}": every[name] for place, name in where.items()}
         return torch.func.functional_call(module, named, (single,), tie_weights=False).sum()
 
     values = {name: p.detach() for name, p in parameters.items()}
@@ -552,11 +552,11 @@ def along(model: nn.Module, step: Mapping[str, Tensor], call: Callable[[nn.Modul
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    named, places = dict(model.named_parameters()), _places(model)
+    named, standing = dict(model.named_parameters()), places(model)
     module = _Called(model, call)
 
     def at(moving: dict[str, Tensor]) -> Any:
-        every = {f"model.{place}": moving.get(name, named[name]) for place, name in places.items()}
+        every = {f"model.{place}": moving.get(name, named[name]) for place, name in standing.items()}
         return torch.func.functional_call(module, every, (), tie_weights=False)
 
     try:
@@ -572,7 +572,7 @@ def along(model: nn.Module, step: Mapping[str, Tensor], call: Callable[[nn.Modul
     return found[0], found[1]
 
 
-def _places(model: nn.Module) -> dict[str, str]:
+def places(model: nn.Module) -> dict[str, str]:
     """Where each parameter stands -> its canonical name; tied ones have several places, a module used twice has one.
 
     Swapped by torch under both names of such a module, its parameters would not be put back.

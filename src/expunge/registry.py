@@ -346,6 +346,7 @@ _PARTS = {
             "balance",
             "restriction",
             "bounded",
+            "zeroth",
         ),
         "combine",
     ),

@@ -19,6 +19,7 @@ from expunge.implicit import ImplicitSurgery
 from expunge.objectives import NLL, SimNPO
 from expunge.oracle import Draws, On, Oracle
 from expunge.smooth import Curvature, GradientNorm, RandomNoise, Smoothed
+from expunge.zeroth import Coordinates
 
 KINDS = registry.parts("combiners")
 KINDS.pop("Turn", None)
@@ -27,6 +28,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Alternate": {"turns": TURNS.turns},
     "OfMeans": {"function": lambda losses: sum(losses.values())},
     "ZerothOrder": {"directions": 0, "mu": 1e-6},
+    "Coordinates": {"mu": 1e-6, "count": 64},
     "Clip": {"max_norm": 1e3},
     "SalientRows": {"percentile": 0.0},
     "Rectified": {"gamma": 0.0, "bank": 1},
@@ -105,7 +107,7 @@ ROUGH = {"rtol": 1e-6, "atol": 1e-6}
 
 def close(name: str) -> dict[str, float]:
     """Forward differences of a plane are exact to rounding, which a step of 1e-6 enlarges."""
-    return ROUGH if name == "ZerothOrder" else EXACT
+    return ROUGH if name in ("ZerothOrder", "Coordinates") else EXACT
 
 
 @pytest.mark.parametrize("name", sorted(set(COMBINERS) - PROTECTING))
@@ -215,6 +217,7 @@ def two_steps(combiner: Combiner, pieces: int) -> list[Grads]:
 CUTS = {
     **COMBINERS,
     "ZerothOrder": ZerothOrder(mu=1e-2, directions=4),
+    "Coordinates": Coordinates(mu=0.1, count=30, queries=2),
     "SAM along": SAM(Weighted(), along=("forget",)),
     "Clip tight": Clip(Weighted(), 1e-2),
     "OfMeans log": OfMeans(lambda losses: losses["forget"].log() + losses["retain"].log()),

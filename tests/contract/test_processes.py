@@ -30,6 +30,7 @@ from expunge.optim import SGD, AdamW
 from expunge.oracle import prepared, sum_gradient
 from expunge.scope import edit
 from expunge.weights import load_weights, save_weights
+from expunge.zeroth import Coordinates
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +87,7 @@ def combiners() -> dict[str, Any]:
         "SAM": {"projection": SAM(OneSidedProjection()), "along": SAM(Weighted(), along=("forget",))},
         "Clip": {"projection": Clip(OneSidedProjection(), 0.05), "wide": Clip(Weighted(), 1e6)},
         "ZerothOrder": {"directions": ZerothOrder(Weighted(), mu=0.5, directions=3)},
+        "Coordinates": {"few": Coordinates(Weighted(), mu=0.5, count=6, queries=2)},
     }
     cases: dict[str, Any] = {}
     for name, kind in registry.parts("combiners").items():
