@@ -85,7 +85,10 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from expunge.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert all(command in found.stdout for command in ("demo", "run", "audit", "reference", "bench", "recommend", "list", "explain"))
+    assert all(
+        command in found.stdout
+        for command in ("demo", "run", "audit", "reference", "bench", "recommend", "list", "explain")
+    )
 
 
 def test_a_run_gives_the_bits_that_the_library_gives(folder: Path, capsys: pytest.CaptureFixture) -> None:
