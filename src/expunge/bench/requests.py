@@ -117,16 +117,20 @@ def folds(train: Data) -> list[Tensor]:
     return [order[fold::FOLDS].sort().values for fold in range(FOLDS)]
 
 
-def most_memorised(train: Data, task: Task, models: Sequence[nn.Module], count: int) -> Tensor:
+def most_memorised(train: Data, task: Task, models: Sequence[nn.Module], count: int, ranked: bool = False) -> Tensor:
     """[count] ids of the largest loss under the model of the fold that lacks them, in the order of the data.
 
     These are what a model of all data knows only by having seen it.
+
+    Args:
+        models: one per fold. ranked: the largest loss first, instead.
     """
     loss = torch.empty(len(train))
     with torch.no_grad():
         for inside, model in zip(folds(train), models, strict=True):
             loss[inside] = torch.cat([task.nll(model, batch) for batch in train.select(inside).batches(1024)])
-    return train.ids[loss.argsort(descending=True)[:count].sort().values]
+    chosen = loss.argsort(descending=True)[:count]
+    return train.ids[chosen if ranked else chosen.sort().values]
 
 
 def hardest(train: Data, task: Task, model: nn.Module, count: int) -> Tensor:

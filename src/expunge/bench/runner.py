@@ -49,14 +49,14 @@ def bench(
         RunFailed: for a model that cannot be trained; what is finished is kept.
     """
     spec = BenchSpec.read(path)
-    run = _Run(path.stem, spec, (cells or Path("out/bench") / path.stem).absolute(), workers, ray)
+    run = Run(path.stem, spec, (cells or Path("out/bench") / path.stem).absolute(), workers, ray)
     found = run.results()
     with writing(results):
         write_bytes(results / f"{path.stem}.json", (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 
-class _Run:
+class Run:
     """One call: its folder, and what is made so far."""
 
     def __init__(self, name: str, spec: BenchSpec, folder: Path, workers: int, ray: str | None):
