@@ -1,0 +1,119 @@
+"""What forgetting costs beside retraining, as the retain set grows from 1,000 to 50,000 records, measured in one run.
+
+One trained model forgets 1,000 of Fashion-MNIST's records. For each size of the retain set: the seconds of retraining on it
+by the suite's recipe, the seconds of the whole call of each method (its checks, copies and hashes with it) and of the method
+alone, and the rows that each differentiates. Settings are those that bench/suites/found has for the memorised records. The
+sizes are gone through in turn, so that a machine that slows down slows all alike. Writes ``bench/results/price.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import expunge as ex
+from expunge.core import Request
+from expunge.data import builtin
+from expunge.data.builtin import train_counted
+from expunge.data.sources import fingerprint
+from expunge.journal import write_bytes
+from expunge.registry import methods
+from expunge.version import revision
+
+HERE = Path(__file__).parent
+FOUND, RESULT = HERE / "suites/found/fashion_mnist.json", HERE / "results/price.json"
+FORGET, SIZES, ROUNDS = 1000, (1000, 5000, 20000, 50000), 3
+REQUEST = "memorised"
+
+
+def requests(suite: builtin.Suite) -> dict[int, Request]:
+    """size of the retain set -> a request; the records to forget are the same."""
+    forget = suite.train.select(torch.arange(FORGET))
+    return {size: Request(forget, suite.train.select(torch.arange(FORGET, FORGET + size))) for size in SIZES}
+
+
+def timed(model: Any, request: Request, suite: builtin.Suite, name: str, settings: dict[str, Any]) -> dict[str, float]:
+    """One run."""
+    start = time.perf_counter()
+    outcome = ex.unlearn(model, request, task=suite.task, method=methods()[name].build(**settings))
+    cost = outcome.record["cost"]
+    return {"call": time.perf_counter() - start, "method": cost["seconds"], "backward": cost["backward"]}
+
+
+def main() -> int:
+    """Measure; 1 where a method of a fixed number of steps differentiates more rows for a larger retain set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    torch.set_num_threads(1)
+    suite = builtin.suite("fashion_mnist_full")
+    recipe = builtin.suite("fashion_mnist").recipe
+    found = {
+        row: best[REQUEST]["settings"]
+        for row, best in json.loads(FOUND.read_text())["methods"].items()
+        if REQUEST in best
+    }
+    asked = requests(suite)
+    model = suite.fit(asked[SIZES[0]].data("retain"), 0)
+    runs: dict[str, dict[int, list[dict[str, float]]]] = {row: {size: [] for size in SIZES} for row in found}
+    retraining: dict[int, dict[str, float]] = {}
+    for number in range(ROUNDS):
+        for size, request in asked.items():
+            for row, settings in found.items():
+                runs[row][size].append(timed(model, request, suite, row, settings))
+            if number == 0:
+                cost = train_counted(suite.make, request.data("retain"), suite.task, 1, recipe)[1]
+                retraining[size] = {"seconds": cost["seconds"], "backward": cost["backward"]}
+        print("round", number, flush=True)
+    table = {
+        row: {str(size): _line(some, retraining[size]) for size, some in sizes.items()} for row, sizes in runs.items()
+    }
+    document = {
+        "forget": FORGET,
+        "request": REQUEST,
+        "settings": found,
+        "retraining": {str(size): cost for size, cost in retraining.items()},
+        "methods": table,
+        "data": fingerprint(suite.train),
+        "revision": revision(),
+        "machine": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+    }
+    write_bytes(RESULT, (json.dumps(document, indent=1) + "\n").encode())
+    for row, lines in table.items():
+        print(
+            f"{row:16s}", *(f"{size}: {one['call']:.2f} s ({100 * one['share']:.1f} %)" for size, one in lines.items())
+        )
+    grown = [row for row, lines in table.items() if len({one["backward"] for one in lines.values()}) > 1]
+    print("differentiates more for a larger retain set:", ", ".join(grown) or "none")
+    return int(any(_declared(row, found[row], SIZES[0]) == _declared(row, found[row], SIZES[-1]) for row in grown))
+
+
+def _declared(name: str, settings: dict[str, Any], retain: int) -> int:
+    """Rows that the method says it differentiates."""
+    stage: Any = methods()[name].build(**settings)
+    return methods()[name].rows(dict(stage.settings), FORGET, retain)["backward"]
+
+
+def _line(runs: list[dict[str, float]], retraining: dict[str, float]) -> dict[str, float]:
+    call = float(np.median([run["call"] for run in runs]))
+    return {
+        "call": call,
+        "method": float(np.median([run["method"] for run in runs])),
+        "backward": runs[0]["backward"],
+        "share": call / retraining["seconds"],
+        "rows_share": runs[0]["backward"] / retraining["backward"],
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
