@@ -38,29 +38,37 @@ FASHION, CIFAR10, CIFAR100, FACES = (
     "the data set CIFAR-100 (binary version: train.bin and test.bin)",
     "the AT&T (ORL) faces (folders s1 to s40, or att_faces_40x10.npz)",
 )
+FASHION_RECIPE = Recipe(epochs=15, lr=0.1, batch=128)
 GROUPS = (0, 1, 0, 1, 0, 2, 0, 2, 3, 2)
 """Fashion-MNIST's ten classes -> upper body, trousers and dresses, shoes, bags."""
 
 
 def fashion_mnist() -> Suite:
-    """The first 10,000 training pictures of Fashion-MNIST, all 10,000 test pictures; a network without BatchNorm."""
+    """The first 10,000 training pictures of Fashion-MNIST, all 10,000 test pictures; a network without BatchNorm.
+
+    Accuracy 89.0 % on the test set and 97.0 % on the training set, in 30 seconds.
+    """
     train, test = _fashion(PART)
-    return Suite("fashion_mnist", train, test, Classification(10), _fashion_network(10), Recipe(epochs=15, lr=0.05))
+    return Suite("fashion_mnist", train, test, Classification(10), _fashion_network(10), FASHION_RECIPE)
 
 
 def fashion_mnist_full() -> Suite:
-    """All 60,000 training pictures of Fashion-MNIST, 10,000 test pictures; a network without BatchNorm."""
+    """All 60,000 training pictures of Fashion-MNIST, 10,000 test pictures; a network without BatchNorm.
+
+    Accuracy 91.3 % on the test set and 93.9 % on the training set, in 55 seconds.
+    """
     train, test = _fashion(None)
-    recipe = Recipe(epochs=10, lr=0.05, batch=128)
+    recipe = Recipe(epochs=5, lr=0.1, batch=128)
     return Suite("fashion_mnist_full", train, test, Classification(10), _fashion_network(10), recipe)
 
 
 def fashion_mnist_coarse() -> Suite:
-    """As ``fashion_mnist``, four groups of clothes as labels; column ``fine`` holds the class, so ``fine == 5`` is one."""
+    """As ``fashion_mnist``, four groups of clothes as labels; column ``fine`` holds the class, so ``fine == 5`` is one.
+
+    Groups: upper body, trousers and dresses, shoes, bags. Accuracy 97.2 % on the test set, in 30 seconds.
+    """
     train, test = _fashion(PART, groups=True)
-    return Suite(
-        "fashion_mnist_coarse", train, test, Classification(4), _fashion_network(4), Recipe(epochs=15, lr=0.05)
-    )
+    return Suite("fashion_mnist_coarse", train, test, Classification(4), _fashion_network(4), FASHION_RECIPE)
 
 
 def _fashion_network(classes: int) -> Callable[[], torch.nn.Module]:
@@ -83,15 +91,22 @@ def _fashion_data(images: np.ndarray, labels: np.ndarray, first: int, count: int
 
 
 def cifar10() -> Suite:
-    """The first 10,000 training pictures of CIFAR-10, all 10,000 test pictures; a small network without BatchNorm."""
+    """The first 10,000 training pictures of CIFAR-10, all 10,000 test pictures; a small network without BatchNorm.
+
+    Accuracy 61.4 % on the test set and 90.3 % on the training set, in 45 seconds.
+    """
     parts = cifar10_data()
     return Suite("cifar10", *parts, Classification(10), small_network, Recipe(epochs=12, lr=0.05))
 
 
 def cifar10_resnet20() -> Suite:
-    """The pictures of ``cifar10`` in ImageNet's normalisation, and ResNet-20 from fresh weights."""
+    """The pictures of ``cifar10`` in ImageNet's normalisation, and ResNet-20 from fresh weights.
+
+    Training takes six minutes; the accuracy of this recipe was not measured. ``networks.pretrained_resnet20`` loads the
+    weights that are published for the network, which all 50,000 pictures trained.
+    """
     parts = cifar10_data(statistics=IMAGENET_STATISTICS)
-    recipe = Recipe(epochs=15, lr=0.1, batch=128)
+    recipe = Recipe(epochs=8, lr=0.1, batch=64)
     return Suite("cifar10_resnet20", *parts, Classification(10), ResNet, recipe)
 
 
@@ -152,7 +167,10 @@ def _binary(folder: Path, inner: str, names: list[str], labels: int, what: str) 
 
 
 def cifar100() -> Suite:
-    """The first 10,000 training pictures of CIFAR-100, all test pictures; ``coarse`` holds the superclass of each."""
+    """The first 10,000 training pictures of CIFAR-100, all test pictures; ``coarse`` holds the superclass of each.
+
+    The recipe is that of ``cifar10``, with more epochs; its accuracy was not measured here.
+    """
     folder = data_folder("cifar100", CIFAR100)
     train, test = (_cifar100_part(folder, part, first) for part, first in (("train", 0), ("test", FIRST_TEST_ID)))
     return Suite(
@@ -167,7 +185,11 @@ def _cifar100_part(folder: Path, part: str, first: int) -> Data:
 
 
 def faces() -> Suite:
-    """400 pictures of 40 people (AT&T), 28 x 23 pixels, 8 for training and 2 for testing of each; the label is who it is."""
+    """400 pictures of 40 people (AT&T), 28 x 23 pixels, 8 for training and 2 for testing of each; the label is who it is.
+
+    Accuracy 96 % on the 80 test pictures, in 3 seconds. Column ``identity`` is the label as well. The npz file and the
+    folders may not order a person's pictures alike, so that other ones may be held out.
+    """
     images, person = _faces(data_folder("faces", FACES))
     small = images.reshape(len(images), 28, 4, 23, 4).mean((2, 4), dtype=np.float32)[:, None]
     order = np.array([int((person[:row] == person[row]).sum()) for row in range(len(person))])

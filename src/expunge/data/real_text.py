@@ -30,8 +30,9 @@ def text_speakers() -> Suite:
     """Which of eight speakers of tiny Shakespeare says a passage of 48 words; a small transformer encoder from scratch.
 
     Passages are pieces of what a speaker says, in the order of the text; a fifth of them, drawn by a hash, is the test set.
-    Tokens are the 2,000 most frequent words and marks of the training passages: with letters, or the tokens of a language
-    model of that size, an encoder that trains in a minute on one thread hardly learns who speaks.
+    Tokens are the 2,000 most frequent words and marks of the training passages. Accuracy 57 % on the 207 test passages
+    (always the most frequent speaker: 17 %; a linear model on word counts: 63 %), 100 % on the 864 of training, in 22
+    seconds.
     """
     need_extra("transformers", "llm", "the suite text_speakers")
     passages, speaker = read_passages(data_file(data_folder("text", SHAKESPEARE), ["tinyshakespeare.txt"], SHAKESPEARE))
