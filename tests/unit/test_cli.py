@@ -85,7 +85,9 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys; from expunge.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert all(command in found.stdout for command in ("demo", "run", "audit", "reference", "bench", "list", "explain"))
+    assert all(
+        command in found.stdout for command in ("demo", "run", "audit", "reference", "tune", "bench", "list", "explain")
+    )
 
 
 def test_a_run_gives_the_bits_that_the_library_gives(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -345,7 +347,7 @@ def test_generated_pages_and_their_check(generate: ModuleType, tmp_path: Path, c
 def test_without_a_command_it_says_what_there_is_in_one_sentence(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err.startswith(
-        "expunge: say what to do: demo, run, audit, reference, bench, list or explain"
+        "expunge: say what to do: demo, run, audit, reference, tune, bench, list or explain"
     )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"expunge {expunge.__version__}\n"
