@@ -1,4 +1,4 @@
-"""The command line: demo, run, audit, reference, bench, recommend, list, explain.
+"""The command line: demo, run, audit, reference, tune, bench, recommend, list, explain.
 
 Exit status: 0 done, 1 a run that failed, 2 bad input or use, 3 a gate that an audit did not pass. Errors are one
 sentence on stderr. What is heavy is imported inside the commands, so that ``expunge --help`` answers at once.
@@ -75,7 +75,7 @@ def _status(error: Exception) -> int | None:
 
 def _sentence(error: Exception) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
-        return "say what to do: demo, run, audit, reference, bench, recommend, list or explain; --help tells more"
+        return "say what to do: demo, run, audit, reference, tune, bench, recommend, list or explain; --help tells more"
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     return " ".join(message.split())
 
@@ -296,6 +296,38 @@ def reference(
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     _print(_table(names, cells), f"written to {folder}")
+
+
+@app.command()
+def tune(
+    file: Annotated[
+        Path, typer.Argument(help="The run file whose method is tuned; what [method] sets stays as it is.")
+    ],
+    overrides: Overrides = None,
+    trials: Annotated[int | None, typer.Option(help="Settings tried; 30 by default.")] = None,
+    rule: Annotated[str | None, typer.Option(help="blind (no retrained model) or proxy (other requests).")] = None,
+    floor: Annotated[float | None, typer.Option(help="Points of utility that may be lost; 2 by default.")] = None,
+    target: Annotated[float | None, typer.Option(help="Stop at a score of this or less.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds of trials.")] = None,
+    backward: Annotated[int | None, typer.Option(help="Stop after so many differentiated rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the search; the run's, with -tune, by default.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Search a method's settings, without a look at the models and tests that they will be judged by."""
+    from expunge.cli_tune import said, tune_file
+    from expunge.spec import RunSpec
+
+    spec = RunSpec.read(file, overrides or ())
+    asked = {"trials": trials, "rule": rule, "floor": floor, "target": target, "seconds": seconds, "backward": backward}
+    if spec.data.suite is not None:
+        _one_thread()
+    found, folder = tune_file(spec, {k: v for k, v in asked.items() if v is not None}, out)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        columns, rows, lines = said(found, file, folder)
+        _print(_table(columns, rows), *lines)
+    return DONE if found.best is not None else _say(f"no setting was found: {found.why_none()}", FAILED)
 
 
 def _cell(value: Any) -> str:

@@ -183,7 +183,7 @@ def trained_references(
     if not section.trained:
         return References(Store(folder / "outputs"), spec.run.seed)
     return references(
-        _training(section, workload),
+        training(section, workload),
         workload.train,
         request,
         task=workload.task,
@@ -201,7 +201,7 @@ def trained_references(
     )
 
 
-def _training(section: AuditSection, workload: Workload) -> Train | Recipe:
+def training(section: AuditSection, workload: Workload) -> Train | Recipe:
     """The user's function, or the data's own recipe with what the run file changes of it."""
     if section.train is not None:
         return function(section.train)

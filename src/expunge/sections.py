@@ -93,8 +93,11 @@ class MethodSection(BaseModel):
 
     def stage(self) -> Stage:
         """The method with its settings, each of them checked."""
-        method = find("method", self.name, methods())
-        return method.build(**{name: _part(name, value) for name, value in (self.model_extra or {}).items()})
+        return find("method", self.name, methods()).build(**self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What the file sets, parts made."""
+        return {name: _part(name, value) for name, value in (self.model_extra or {}).items()}
 
 
 class RunSection(Section):
@@ -166,6 +169,26 @@ class AuditSection(Section):
     def trained(self) -> bool:
         """Whether there is anything to train."""
         return bool(self.retrained or self.originals or self.shadows)
+
+
+class TuneSection(Section):
+    """A search for settings; see ``expunge.tune.tune``. `space` has ranges of the user's own: ``{lr = [1e-4, 1e-1]}``.
+
+    `rule`, `floor`, `target` and `seeds` say what is looked for; `trials`, `seconds`, `backward` and `per_run` are the
+    budget. `proxies` other requests with `retrained` models each belong to the rule "proxy".
+    """
+
+    rule: str = "blind"
+    floor: float = 2.0
+    target: float | None = None
+    seeds: int = 1
+    trials: int = 30
+    seconds: float | None = None
+    backward: int | None = None
+    per_run: int | None = None
+    proxies: int = 2
+    retrained: int = 2
+    space: dict[str, list[Any]] = Field(default_factory=dict)
 
 
 def _part(name: str, value: Any) -> Any:

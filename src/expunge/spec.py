@@ -33,6 +33,10 @@
     # unlearn = true                      # apply the method to each of those too
     # train = "mine.py:train"             # the function (data, seed) -> model that trained the model
 
+    [tune]                                # only for expunge tune
+    # rule = "proxy"                      # how settings are judged; trials, seconds, backward: what the search may cost
+    # space = {lr = [1e-4, 1e-1]}         # what may vary; settings in [method] do not, unless they stand here
+
 Files that a run file names are looked for beside it; those on the command line, and ``run.out``, in the current folder.
 """
 
@@ -57,6 +61,7 @@ from expunge.sections import (
     RequestSection,
     RunSection,
     Section,
+    TuneSection,
 )
 
 PATHS = (
@@ -91,6 +96,7 @@ class RunSpec(Section):
     method: MethodSection = MethodSection(name="")
     run: RunSection = RunSection()
     audit: AuditSection = AuditSection()
+    tune: TuneSection = TuneSection()
 
     @staticmethod
     def read(

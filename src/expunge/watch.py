@@ -7,7 +7,7 @@ forgets, or stops the run early, meets that one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 
 from expunge import runtime
-from expunge.core import Case, Data, Key, Refused, Request, Task, eval_mode, lent_stream
+from expunge.core import Case, Data, Key, Refused, Request, RunFailed, Task, eval_mode, lent_stream
 from expunge.data.sources import fingerprint
 
 ROW, ERROR = "watch/", "watch_error/"
 """What the columns of a history row begin with: a value, and the standard error of a loss."""
 BATCH = 256
+Stop = Callable[[Mapping[str, float]], "str | None"]
+
+
+class Stopped(RunFailed):
+    """A look along the run was enough to know that nobody wants its end. `cost`: rows until then."""
+
+    def __init__(self, sentence: str, cost: Mapping[str, int]):
+        super().__init__(sentence)
+        self.cost = cost
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,13 @@ class Watch:
     Accuracy in percent where the task has one label per example, else the loss per unit, in eval mode, on a fixed draw
     of the request's retain, forget and valid data and of `data`. Test and valid examples of classes that are forgotten
     whole are left out, as an audit leaves them out. The run itself does not change by a bit; its cost is counted as
-    ``checks``. It does not stop a run: that is for ``Guard``.
+    ``checks``. It does not stop a run and keep a good state: that is for ``Guard``.
 
     Args:
         every: steps between two looks, >= 1; the steps of all stages count on. Start and end are always looked at.
         examples: of each data set, >= 1, drawn once by the run's seed; fewer where there are fewer.
         data: further data by name, such as ``{"test": test}``.
+        stop: asked at every look, of what was seen; a sentence from it ends the run with ``Stopped``. For searches.
 
     Raises:
         Refused: for numbers out of range, or names that cannot be column names.
@@ -44,6 +54,7 @@ class Watch:
     every: int = 1
     examples: int = 512
     data: Mapping[str, Data] = field(default_factory=dict)
+    stop: Stop | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("every", "examples"):
@@ -77,7 +88,7 @@ class Watch:
                 found[name] = data.select(order[: self.examples].sort().values)
         if not found:
             raise Refused("there is nothing to watch: the request has no retain, forget or valid data; give data=")
-        return Probes(self.every, found, task, key)
+        return Probes(self.every, found, task, key, self.stop)
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Probes:
     data: Mapping[str, Data]
     task: Task = field(repr=False)
     key: Key = Key(0)
+    stop: Stop | None = field(default=None, repr=False, compare=False)
 
     @property
     def unit(self) -> str:
@@ -115,6 +127,10 @@ class Probes:
                     found[f"{ERROR}{name}"] = error
             for name, buffer in model.named_buffers():  # a model may count its calls, say
                 buffer.copy_(buffers[name])
+        said = None if self.stop is None else self.stop(found)
+        if said is not None:
+            meter = case.meter
+            raise Stopped(said, {name: getattr(meter, name) for name in ("forward", "backward", "checks")})
         return found
 
     def _value(self, case: Case, data: Data) -> tuple[float, float | None]:

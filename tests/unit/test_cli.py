@@ -87,7 +87,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert found.returncode == 0, found.stderr
     assert all(
         command in found.stdout
-        for command in ("demo", "run", "audit", "reference", "bench", "recommend", "list", "explain")
+        for command in ("demo", "run", "audit", "reference", "tune", "bench", "recommend", "list", "explain")
     )
 
 
@@ -318,7 +318,7 @@ def test_generated_pages_and_their_check(generate: ModuleType, tmp_path: Path, c
 def test_without_a_command_it_says_what_there_is_in_one_sentence(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 2
     assert capsys.readouterr().err.startswith(
-        "expunge: say what to do: demo, run, audit, reference, bench, recommend, list or explain"
+        "expunge: say what to do: demo, run, audit, reference, tune, bench, recommend, list or explain"
     )
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"expunge {expunge.__version__}\n"
