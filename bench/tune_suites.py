@@ -6,7 +6,7 @@ For each request of the suite file, two proxies are drawn from what that request
 records for records, and for the most memorised records those of the retain data that are. Their originals and references
 are trained on retain data alone; the request's own references and the suite's test data have no part in it. Every row gets
 the same number of trials, each of which may differentiate `share` of retraining's rows at most (see ``expunge.tune``). A
-search that was stopped goes on; requests in turns share the settings of one request alone.
+search that was stopped goes on. A request that is ``like`` another has the settings of that one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from expunge.tune import Budget, tune
-from expunge.tune_rules import Problem, proxies
 
 from expunge.bench.requests import most_memorised
 from expunge.bench.runner import Run
@@ -27,6 +25,8 @@ from expunge.bench.suite_file import BenchSpec, Drawn, suite_file
 from expunge.core import Data, Key, Refused, Request, RunFailed
 from expunge.journal import write_bytes
 from expunge.registry import methods
+from expunge.tune import Budget, tune
+from expunge.tune_rules import Problem, proxies
 from expunge.version import revision
 
 KEY = Key(0).at("bench tuning")
@@ -50,7 +50,7 @@ class _Search:
         jobs = [self.run.models.training("original", "train", self.spec.seeds.train[0])]
         (original,) = self.run.made(self.run.models, jobs, "training the original")
         found = self.run.requests(original)
-        return {name: turns[0] for name, turns in found.items() if len(turns) == 1}
+        return {name: turns[0] for name, turns in found.items() if self.spec.like(name) == name}
 
     def problems(self, name: str, request: Request) -> list[Problem]:
         """Two proxies of a request."""
@@ -88,10 +88,12 @@ class _Search:
         return Budget(trials=self.trials, per_run=rows)
 
 
-def searched(search: _Search, rows: list[str]) -> dict[str, Any]:
+def searched(search: _Search, rows: list[str], requests: list[str]) -> dict[str, Any]:
     """row -> request -> what was found, or why nothing was."""
     found: dict[str, Any] = {}
     for name, request in search.requests().items():
+        if requests and name not in requests:
+            continue
         problems = search.problems(name, request)
         for row, settings in search.spec.methods.items():
             own = {key: value for key, value in settings.items() if key not in ("method", "on", "requests")}
@@ -138,13 +140,14 @@ def main() -> None:
     parser.add_argument("rows", nargs="*")
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--share", type=float, default=0.045, help="of retraining's rows, that a run may differentiate")
+    parser.add_argument("--requests", nargs="*", default=[])
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
     path = suite_file(given.suite)
     result = path.parent / "found" / f"{path.stem}.json"
+    found = searched(_Search(path, given.trials, given.share, given.workers), given.rows, given.requests)
     before = json.loads(result.read_text())["methods"] if result.exists() else {}
-    found = searched(_Search(path, given.trials, given.share, given.workers), given.rows)
     for row, new in found.items():
         before[row] = {**before.get(row, {}), **new}
     document = {

@@ -218,6 +218,15 @@ def test_settings_that_a_search_found_stand_below_the_files_own(tmp_path: Path) 
         BenchSpec.read(written(tmp_path, text))
 
 
+def test_a_request_may_have_the_settings_of_another(tmp_path: Path) -> None:
+    text = SMALL.replace("ten = {random = 10}", 'ten = {random = 10, like = "malignant"}')
+    stages = BenchSpec.read(written(tmp_path, text)).stages()
+    assert dict(stages["ten", "finetune"].settings)["steps"] == 3
+    assert dict(stages["ten", "longer"].settings)["steps"] == 4
+    with pytest.raises(Refused, match="did you mean 'malignant'"):
+        BenchSpec.read(written(tmp_path, text.replace('"malignant"', '"malignent"', 1)))
+
+
 def test_a_table_by_hand() -> None:
     """Two seeds: means, Student's interval, shares and costs as they are written down here."""
 

@@ -75,6 +75,12 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """Train, unlearn, audit, and the table."""
+        originals, retrained = self.trained()
+        rows = self.unlearned(originals)
+        return self.summary(self.models.asked, retrained, self.audited(originals, retrained, rows), rows)
+
+    def trained(self) -> tuple[dict[int, Made], dict[str, list[Made]]]:
+        """(originals by seed, references by request); afterwards ``models`` knows every request."""
         seeds = self.spec.seeds
         for rule in self.spec.requests.values():  # what cannot be drawn is refused before any training
             if not isinstance(rule, Drawn) or rule.rule[0] in ("random", "identified"):
@@ -84,9 +90,7 @@ class Run:
         asked = self.requests(originals[seeds.train[0]])
         clean = {f"clean/{name}": self.material.clean(union(turns, self.train)) for name, turns in asked.items()}
         self.models = replace(self.models, data={**self.models.data, **clean}, asked=asked, stages=self.stages)
-        retrained = self.retrained(list(asked))
-        rows = self.unlearned(originals)
-        return self.summary(asked, retrained, self.audited(originals, retrained, rows), rows)
+        return originals, self.retrained(list(asked))
 
     @property
     def train(self) -> Data:

@@ -12,6 +12,7 @@ poison = {target = 0, count = 50}    # or mislabel = {classes = [3, 5], count = 
 class_3 = "y == 3"                   # a condition, or a list of ids
 tenth = {random = 0.1}               # drawn at random: a share, or a number of examples
 in_turn = {random = 100, turns = 10} # the same draw as {random = 100}, asked in ten requests, one after the other
+                                     # like = "tenth": with the settings of the request of that name
 known = {memorised = 0.1}            # what models trained without it predict worst
 worst = {worst_case = 0.05}          # what fine-tuning erases least (``expunge.challenges.worst_case``)
 found = {identified = 0.5}           # that share of the bad examples of [manipulate]
@@ -51,6 +52,7 @@ class Drawn(Section):
     worst_case: Size | None = None
     identified: Annotated[float, Field(gt=0, le=1)] | None = None
     turns: Annotated[int, Field(ge=1)] = 1
+    like: str | None = None
 
     @property
     def rule(self) -> tuple[str, float]:
@@ -118,8 +120,18 @@ class BenchSpec(Section):
         for name, request in spec.requests.items():
             if isinstance(request, Drawn) and request.rule[0] == "identified" and not spec.bad:
                 raise Refused(f"{path}: request {name!r} asks for identified bad examples, and [manipulate] makes none")
+            if isinstance(request, Drawn) and request.like is not None and request.like not in spec.requests:
+                near = did_you_mean(request.like, spec.requests)
+                raise Refused(
+                    f"{path}: request {name!r} is to be like {request.like!r}{near}, which [requests] has not"
+                )
         spec.stages()
         return spec
+
+    def like(self, request: str) -> str:
+        """The request whose settings this one has: itself, or the one that it is to be like."""
+        asked = self.requests[request]
+        return asked.like if isinstance(asked, Drawn) and asked.like is not None else request
 
     def _with_found(self, path: Path) -> BenchSpec:
         """The rows with the settings of a search for each request, below what the suite file itself says of it."""
@@ -166,7 +178,7 @@ class BenchSpec(Section):
                     raise Refused(f"[methods.{row}] names the request {request!r}{near}, which [requests] has not")
             for request in chosen:
                 where = f"[methods.{row}]"
-                given = {**own, **on.get(request, {}), "name": name}
+                given = {**own, **on.get(self.like(request), {}), **on.get(request, {}), "name": name}
                 found[request, row] = checked(MethodSection, given, where).stage()
         return found
 
