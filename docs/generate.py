@@ -10,6 +10,7 @@ python docs/generate.py --check    # exit status 1 if one of them is stale, miss
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ RESULTS, BENCHMARKS = ROOT / "bench/results", ROOT / "docs/benchmarks"
 MEASURED = ROOT / "src/expunge/bench/measured.json"
 METHODS, REFERENCE, README = ROOT / "docs/methods", ROOT / "docs/reference", ROOT / "README.md"
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+SIDE_BY_SIDE, REPRODUCTION = RESULTS / "side_by_side", ROOT / "docs/reproduction"
+NUMBERS, NUMBERS_END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 RESULT_NOTE = "<!-- Made by docs/generate.py from bench/results: run `expunge bench`, then `make docs`. -->\n\n"
 NOTE = "<!-- Made by docs/generate.py from the code: change the docstrings, then run `make docs`. -->\n\n"
 
@@ -36,6 +39,7 @@ def pages() -> dict[Path, str]:
     for kind in KINDS:
         found[REFERENCE / f"{kind}.md"] = f"{NOTE}# {kind.capitalize()}\n\n{listing(kind, '../methods')}\n"
     found.update(benchmarks())
+    found.update(reproductions())
     if README.exists():
         found[README] = readme(README.read_text(encoding="utf-8"))
     return found
@@ -55,6 +59,77 @@ def benchmarks() -> dict[Path, str]:
         found[BENCHMARKS / f"{one['name']}.md"] = RESULT_NOTE + bench_page(one, f"{one['name']}.svg")
         found[BENCHMARKS / f"{one['name']}.svg"] = drawing(one)
     return found
+
+
+def reproductions() -> dict[Path, str]:
+    """The pages of docs/reproduction with their numbers, and the list of all, from bench/results/side_by_side."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(SIDE_BY_SIDE.glob("*.json"))]
+    found = {}
+    for path in sorted(REPRODUCTION.glob("*.md")):
+        own = [run for run in runs if run["method"] == path.stem]
+        text = path.read_text(encoding="utf-8")
+        if NUMBERS in text and NUMBERS_END in text:
+            before, rest = text.split(NUMBERS, 1)
+            made = "\n\n".join(side_by_side(run) for run in own)
+            found[path] = f"{before}{NUMBERS}\n\n{made}\n\n{NUMBERS_END}{rest.split(NUMBERS_END, 1)[1]}"
+    if runs:
+        found[REPRODUCTION / "README.md"] = RESULT_NOTE + overview(runs)
+    return found
+
+
+def side_by_side(run: dict[str, Any]) -> str:
+    """The table of one run."""
+    scores = run["scores"]
+    rows = [
+        [
+            name.replace("_", " "),
+            *(f"{mean_of([seed[side][name] for seed in run['seeds']]):.2f}" for side in ("original", "retrained")),
+            f"{one['theirs']:.2f}",
+            f"{one['ours']:.2f}",
+            f"{one['difference']:+.2f} ± {one['half_width']:.2f}",
+            "yes" if one["within"] else "no",
+        ]
+        for name, one in scores.items()
+    ]
+    time = run["time_ratio"]
+    head = ("score, %", "do nothing", "retrained", "authors", "ours", "difference", "within")
+    return (
+        f"`{run['name']}`: {run['suite']}, {run['sizes']['forget']:,} records to forget, {run['sizes']['retain']:,} to keep, "
+        f"{len(run['seeds'])} originals; {run['repository']}; revision {run['revision']}.\n\n{table(head, rows)}\n\n"
+        f"Seconds of the authors' code over ours: {time['value']:.2f} ({time['low']:.2f} to {time['high']:.2f})."
+    )
+
+
+def overview(runs: list[dict[str, Any]]) -> str:
+    """All runs in one table, and the geometric mean of their times."""
+    rows = [
+        [
+            f"[{run['name']}]({run['method']}.md)",
+            run["repository"],
+            ", ".join(f"{one['difference']:+.1f} ± {one['half_width']:.1f}" for one in run["scores"].values()),
+            "all" if all(one["within"] for one in run["scores"].values()) else "no",
+            f"{run['time_ratio']['value']:.2f} ({run['time_ratio']['low']:.2f} to {run['time_ratio']['high']:.2f})",
+        ]
+        for run in runs
+    ]
+    mean = math.exp(mean_of([math.log(run["time_ratio"]["value"]) for run in runs]))
+    head = (
+        "run",
+        "authors' code",
+        "ours less theirs: forget, retain, test accuracy, membership, %",
+        "within",
+        "time ratio",
+    )
+    return (
+        "# Beside the authors' own code\n\nThe same network, data, trained models and examples to forget; see each page for "
+        "what was called and what differs. *Within*: the difference is inside the two's joint 95 % interval. *Time ratio*: "
+        f"seconds of theirs over ours; the geometric mean is {mean:.2f}.\n\n{table(head, rows)}\n"
+    )
+
+
+def mean_of(values: list[float]) -> float:
+    """The arithmetic mean."""
+    return math.fsum(values) / len(values)
 
 
 def listing(kind: str, folder: str) -> str:
