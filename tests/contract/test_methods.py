@@ -31,7 +31,7 @@ from tests.fixtures import NAMES, given, odd, retrained, tiny
 
 METHODS = registry.methods()
 PAIRS = [(name, task) for name, spec in METHODS.items() for task in NAMES if task in spec.tasks]
-SMALL = {"steps": 3, "epochs": 1}
+SMALL = {"steps": 3, "epochs": 1, "repair_steps": 3}
 RETAIN_RISE = 0.25  # of the way from the retain loss to that of a model that knows nothing: the guard's bound
 FORWARDS_OF_CHECKS = 2  # rows that ``unlearn`` passes through a model to see that it can be called at all
 
