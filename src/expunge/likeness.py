@@ -47,9 +47,13 @@ class Autoencoder(nn.Module):
 
 
 def head_name(case: Case) -> str:
-    """The linear layer whose input is the representation: the one that gives the logits."""
+    """The linear layer whose input is the representation: the one that gives the logits.
+
+    By the name that it has without an adapter, which both the model in an adapter and a teacher without one know.
+    """
     head = logits_layer(case)
-    return next(name for name, module in case.model.named_modules() if module is head)
+    found = next(name for name, module in case.model.named_modules() if module is head)
+    return found.removesuffix(".base_layer")
 
 
 def representations(
@@ -181,7 +185,7 @@ class Repair:
         """The Case with the layer called `head` fine-tuned."""
         if self.steps == 0:
             return case
-        names = [f"{head}.{own}" for own in ("weight", "bias") if f"{head}.{own}" in case.scope]
+        names = [name for name in case.scope.masks if name.startswith(f"{head}.")]  # its own, or its adapter's
         if not names:
             raise Refused(f"the repair trains the last layer, {head!r}, and the scope leaves it out: set repair to 0")
         key, _ = case.rng.take()

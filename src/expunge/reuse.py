@@ -15,11 +15,17 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Siz
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a module: what went in, what came out, and how often either had been written to."""
+    """One call of a module: what went in, by which weights, what came out, and how often in and out had been written to."""
 
     inputs: Any
+    weights: tuple[Tensor, ...]
     output: Any
     versions: tuple[int, ...]
+
+    def by(self, module: nn.Module) -> bool:
+        """Whether the module's weights are those of the call: a caller may lend it others (``functional_call``)."""
+        now = tuple(module.parameters())
+        return len(now) == len(self.weights) and all(a is b for a, b in zip(now, self.weights, strict=True))
 
 
 class Reuse:
@@ -30,7 +36,8 @@ class Reuse:
     pass with one changed parameter computes only what stands after it. A module is called as ever where that cannot be
     told: one in train mode, one that is given an object other than tensors and plain values, or one with hooks inside.
     It holds every module's output in memory. It is right for any module that is a function of its inputs, its own
-    parameters and its buffers: one that reads another module's weights must contain that module.
+    parameters and its buffers: one that reads another module's weights must contain that module. One that is lent other
+    weights for a call (an adapter that acts through a mask) is called as ever.
 
     Args:
         model: whose modules are watched, while recording and replaying only.
@@ -48,12 +55,12 @@ class Reuse:
 
         def keep(module: nn.Module, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             inputs = (args, tuple(sorted(kwargs.items())))
-            tensors = _tensors(inputs)
+            tensors, weights = _tensors(inputs), tuple(module.parameters())
             output = run(*args, **kwargs)
             after = None if tensors is None else _tensors(output)
             made = None
             if tensors is not None and after is not None:
-                made = _Call(inputs, output, tuple(t._version for t in (*tensors, *after)))
+                made = _Call(inputs, weights, output, tuple(t._version for t in (*tensors, *after)))
             self.calls[id(module)].append(made)
             return output
 
@@ -73,7 +80,7 @@ class Reuse:
             call = made[number] if number < len(made) else None
             if call is None or id(module) in touched or not _quiet(module) or not self._fresh(call):
                 return run(*args, **kwargs)
-            if not _equal(call.inputs, (args, tuple(sorted(kwargs.items())))):
+            if not call.by(module) or not _equal(call.inputs, (args, tuple(sorted(kwargs.items())))):
                 return run(*args, **kwargs)
             self.spared += 1
             for inner in module.modules():  # their calls are not made, and those to come must keep their numbers

@@ -51,7 +51,7 @@ def lean(stage: Stage, request: Request, task: Task, *, folder: str | None = Non
     The model given to ``unlearn`` is then the one that changes: whoever compares with it afterwards loads it again.
 
     Args:
-        stage: a registered method with its settings, an adapter around one, or a chain.
+        stage: a registered method with its settings and the methods that it runs, an adapter around one, or a chain.
         request, task: of the run.
         folder: where references are kept for several runs to share; see ``CacheReference``.
         batch: examples per pass while caching.
@@ -59,18 +59,24 @@ def lean(stage: Stage, request: Request, task: Task, *, folder: str | None = Non
     Raises:
         Refused: for a method that needs the original model itself and runs in no adapter, in one sentence.
     """
-    wanted: set[str] = set()
-    provided: set[str] = set()
-    for part in parts(stage):
-        if isinstance(part, Bound):
-            wanted |= _columns(part, request, task, provided)
-        provided.update(getattr(part, "provides", ()))
+    wanted = _wanted(stage, request, task, set())
     if not wanted:
         return stage
     reference = CacheReference(
         batch, "reference_tokens" in wanted, bool(wanted & {"win_reference", "refusal_references"}), folder
     )
     return Cached(reference, stage)
+
+
+def _wanted(stage: Stage, request: Request, task: Task, provided: set[str]) -> set[str]:
+    """The columns to cache for all methods in a stage, those that a method was given to run included."""
+    wanted: set[str] = set()
+    for part in parts(stage):
+        if isinstance(part, Bound):
+            wanted |= _columns(part, request, task, provided)
+            wanted |= _wanted(part.stage, request, task, set(provided))
+        provided.update(getattr(part, "provides", ()))
+    return wanted
 
 
 def _columns(bound: Bound, request: Request, task: Task, provided: set[str]) -> set[str]:

@@ -28,7 +28,8 @@ class Coordinates:
 
     How many of them each tensor gives is decided once, at the first step, by ZO-GraSP: the `count` largest |theta H g|
     over all tensors, g and H g from differences along random directions. Which ones is then drawn uniformly: the
-    gradient is sparse, the model is not. Where the scope has no more than `count` coordinates all are walked.
+    gradient is sparse, the model is not. Where the scope has no more than `count` coordinates all are walked. A tensor
+    that is 0 throughout (an adapter's second factor) would score 0, and never move: it gives its share by size.
 
     No model is differentiated. The difference is forward, so that an entry is wrong by O(mu); below about 1e-4 in
     float32 it is rounding noise. What is drawn by the model itself (dropout) makes it meaningless: frozen normalisation.
@@ -80,11 +81,10 @@ class Coordinates:
         if self.queries == 0:
             return shared_out({name: float(n) for name, n in free.items()}, free, self.count)
         scores = grasp(oracle, self.mu, self.queries)
-        flat = torch.cat([s.flatten() for s in scores.values()])
-        kept = torch.topk(flat, self.count).indices
-        owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(scores.values())])
-        counts = torch.bincount(owner[kept.cpu()], minlength=len(scores)).tolist()
-        return dict(zip(scores, counts, strict=True))
+        sizes = shared_out({name: float(n) for name, n in free.items()}, free, self.count)
+        zero = {name: sizes[name] for name, p in oracle.parameters.items() if not bool(runtime.whole(p).any())}
+        scores = {name: score for name, score in scores.items() if name not in zero}
+        return {**zero, **_largest(scores, self.count - sum(zero.values()))}
 
     def settle(self, after: Oracle, state: State) -> State:
         """Hand the look at the new weights to the inner combiner."""
@@ -111,6 +111,15 @@ def shared_out(sizes: Mapping[str, float], most: Mapping[str, int], count: int) 
     for name in sorted(exact, key=lambda n: found[n] - exact[n])[: count - sum(found.values())]:
         found[name] = min(found[name] + 1, most[name])
     return found
+
+
+def _largest(scores: Grads, count: int) -> dict[str, int]:
+    """How many of the `count` largest scores lie in each tensor."""
+    if not scores:
+        return {}
+    kept = torch.topk(torch.cat([s.flatten() for s in scores.values()]), count).indices
+    owner = torch.cat([torch.full((s.numel(),), i) for i, s in enumerate(scores.values())])
+    return dict(zip(scores, torch.bincount(owner[kept.cpu()], minlength=len(scores)).tolist(), strict=True))
 
 
 def drawn(scope: Scope, parameters: Mapping[str, Tensor], quota: Mapping[str, int], key: Key) -> Positions:

@@ -8,6 +8,7 @@ The check is then run all the same, and must fail: a departure that is none is a
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 import typing
@@ -30,7 +31,7 @@ from tests.fixtures import NAMES, given, odd, retrained, tiny
 
 METHODS = registry.methods()
 PAIRS = [(name, task) for name, spec in METHODS.items() for task in NAMES if task in spec.tasks]
-SMALL = {"steps": 3, "epochs": 1}
+SMALL = {"steps": 3, "epochs": 1, "repair_steps": 3}
 RETAIN_RISE = 0.25  # of the way from the retain loss to that of a model that knows nothing: the guard's bound
 FORWARDS_OF_CHECKS = 2  # rows that ``unlearn`` passes through a model to see that it can be called at all
 
@@ -393,8 +394,11 @@ def test_exact_means_equal_to_retraining(name: str) -> None:
 
 
 @methods
-def test_an_odd_model_survives(name: str) -> None:
-    """Two inputs, a dict output, BatchNorm, a frozen bias, a tied and a shared layer, an integer buffer."""
+def test_an_odd_model_survives(name: str, tmp_path: Any) -> None:
+    """Two inputs, a dict output, BatchNorm, a frozen bias, a tied and a shared layer, an integer buffer.
+
+    What comes back can be copied, and saved and read again, and answers alike.
+    """
     spec, found = METHODS[name], odd()
     if "classification" not in spec.tasks:
         pytest.skip("not a method for classification")
@@ -409,6 +413,12 @@ def test_an_odd_model_survives(name: str) -> None:
         assert done.model.calls.dtype == torch.int64
         assert all(bool(torch.isfinite(value).all()) for value in state(done.model).values())
         assert not same(state(done.model), state(found.model))
+        save_weights(done.model, tmp_path / "weights.safetensors")
+        read = load_weights(found.make(5), tmp_path / "weights.safetensors")
+        for again in (copy.deepcopy(done.model), read):
+            assert same(state(again), state(done.model))
+            assert again.mirror.weight is again.mix.weight, "tied weights came apart"
+            assert torch.equal(answers(again, found.task, found.test), answers(done.model, found.task, found.test))
 
 
 class Killed(BaseException):

@@ -17,6 +17,7 @@ from expunge.journal import load_tree
 from expunge.methods.idk_dpo import idk_dpo
 from expunge.methods.kl import kl
 from expunge.methods.npo import npo
+from expunge.methods.prune_first import prune_first
 from expunge.methods.tnpo import tnpo
 from expunge.methods.undial import undial
 from expunge.preference import DPO
@@ -152,6 +153,21 @@ def test_nothing_is_cached_where_nothing_is_asked_or_all_is_there() -> None:
     assert isinstance(lean(in_adapter(LoRA(2), npo()), asked(), TASK), Cached), (
         "a cached column saves the teacher's pass"
     )
+
+
+def test_a_method_that_another_runs_is_asked_too() -> None:
+    """Pruned first: the reference is that of the model before the pruning, as the teacher would be."""
+    found = tiny("classification")
+    given = {"request": found.request, "task": found.task}
+    stage = prune_first(inner=npo(steps=2, batch=100), steps=1, batch=100)  # whole: the order is another one
+    ready = lean(stage, found.request, found.task)
+    assert isinstance(ready, Cached), "the method inside prune_first asks the original model"
+    with_teacher = ex.unlearn(found.model, method=stage, **given)
+    alone = ex.unlearn(tiny("classification").model, method=ready, copy=False, **given)
+    for name, p in with_teacher.model.named_parameters():
+        torch.testing.assert_close(alone.model.get_parameter(name), p, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ex.Refused, match="kl asks the original model about every batch"):
+        lean(prune_first(inner=kl()), found.request, found.task)
 
 
 def test_noise_cannot_be_cached() -> None:

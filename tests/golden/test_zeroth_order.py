@@ -84,8 +84,20 @@ class Functional(nn.Module):
         return self.last(self.bend(hidden).flatten(1))
 
 
-def functional() -> Any:
-    found, model = tiny("classification"), Functional()
+class Lent(nn.Module):
+    """An adapter as our own are: the layer is called with another weight, which it does not own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.base, self.low = nn.Linear(64, 8), nn.Linear(8, 5), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = {"weight": self.base.weight + self.low.weight}
+        return torch.func.functional_call(self.base, changed, (torch.tanh(self.first(x.flatten(1))),))
+
+
+def built(model: nn.Module) -> Any:
+    found = tiny("classification")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -93,7 +105,15 @@ def functional() -> Any:
     return replace(found, model=model)
 
 
-@pytest.mark.parametrize("make", [lambda: tiny("classification"), odd, functional], ids=["plain", "odd", "functional"])
+MODELS: dict[str, Any] = {
+    "plain": lambda: tiny("classification"),
+    "odd": odd,
+    "functional": lambda: built(Functional()),
+    "lent": lambda: built(Lent()),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_feature_reuse_gives_the_same_bits(make: Any) -> None:
     found = make()
     settings = {"count": 60, "queries": 0, "mu": 1e-2}

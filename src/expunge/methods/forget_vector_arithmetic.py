@@ -27,6 +27,7 @@ _WRAPPED = "the model that comes back is the caller's with a vector before it, i
         "contract:saved": f"{_WRAPPED}: its weights are read into InputVector(model, shape)",
         "contract:scope": f"{_WRAPPED}; the scope, which is of weights, says nothing of a vector",
         "contract:odd": "the inputs of the odd model are two: which one is shifted is not for a method to guess",
+        "contract:adapter": f"{_WRAPPED}, and a bracket merges its adapter into the model that it opened",
     },
 )
 def forget_vector_arithmetic(

@@ -31,6 +31,7 @@ _ROWS = "steps * ((1 + (away > 0)) * min(batch, n_forget) + min(batch, n_retain)
         "mode": "eval mode by default, no dropout; the released runs train in train mode",
         "initial": "A of every request is drawn as peft draws it; the authors draw a third as wide from the second request on",
         "guard": "stopped when the retain loss leaves its bound",
+        "contract:adapter": "it brings an adapter of its own, and a layer has one at a time",
     },
 )
 def gs_lora_pp(

@@ -29,6 +29,7 @@ from expunge.tasks.causal_lm import IGNORED
         "guard": "the exponent is lowered until the retain loss keeps its bound, which reads labels; the authors have no "
         "guard, and rise=None none here",
         "tokens": "of a language model the logits that predict answer tokens, per token; the paper is on classifiers",
+        "contract:adapter_moves": "it shrinks the weights in scope, and the change that a new adapter makes is 0 already",
     },
 )
 def lfssd(

@@ -30,6 +30,7 @@ _ALL = "min(samples, n_forget + n_retain) if on == 'all' else min(samples, n_ret
         "zero": "channels are set to 0 and stay in the model, so that it keeps its shape and is no faster",
         "ends": "the first and the last layer are left alone by default, without which small networks collapse",
         "guard": "the fidelity lost is lowered until the retain loss keeps its bound, which reads labels; rise=None has none",
+        "contract:adapter_moves": "it scales channels of the model's own layers, which an adapter leaves as they are",
     },
 )
 def modhifi_p(

@@ -30,6 +30,7 @@ from expunge.scope import edit
         "any, so that what every class needs is kept; the paper, as far as read, looks at the forget data alone",
         "ends": "the first and the last layer are left alone by default, without which small networks collapse",
         "guard": "strength is lowered until the retain loss keeps its bound, which reads labels; rise=None has no guard",
+        "contract:adapter_moves": "it scales channels of the model's own layers, which an adapter leaves as they are",
     },
 )
 def modhifi_u(

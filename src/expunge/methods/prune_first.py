@@ -31,6 +31,7 @@ _FLOW = "(share > 0) * rounds * cuts * (by == 'synflow')"
         "rate": "the learning rate is one number; the authors rewind its schedule with the weights",
         "layers": "linear layers are pruned too, the last one included; the authors prune convolutions alone",
         "share": "half of the weights by default, not 95 %, which small networks do not survive",
+        "contract:adapter_moves": "it would prune the adapter: prune first, and run a method in an adapter as inner",
     },
 )
 def prune_first(

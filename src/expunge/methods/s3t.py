@@ -21,6 +21,7 @@ from expunge.wrap import LoRA, in_adapter
 
 _ROWS = "epochs * n_retain * budget * (slices + 1) / 2"
 _MANY = "what comes back is shards x orders x slices of such networks, called as one of them is"
+_WHOLE = "a part of the weights cannot be made anew exactly: a scope that leaves some out is refused"
 
 
 @method(
@@ -40,7 +41,10 @@ _MANY = "what comes back is shards x orders x slices of such networks, called as
         "contract:kind": _MANY,
         "contract:saved": f"{_MANY}; the weights are read into such a one",
         "contract:odd": f"{_MANY}, and each of them keeps what is odd in it",
-        "contract:scope": "a part of the weights cannot be made anew exactly: a scope that leaves some out is refused",
+        "contract:scope": _WHOLE,
+        "contract:adapter": "what comes back is many models in one, and a bracket merges its adapter into the model that it opened",
+        "contract:pruned": _WHOLE,
+        "contract:salient": _WHOLE,
     },
 )
 def s3t(

@@ -17,6 +17,7 @@ from expunge.registry import AtLeastOne, NonNegative, Positive, Range, method
 from expunge.shards import RULES, TrainShards, rule_for
 
 _SHARDED = "what comes back is the sharded model: shards x slices of such networks, called as one of them is"
+_WHOLE = "a part of the weights cannot be made anew exactly: a scope that leaves some out is refused"
 
 
 @method(
@@ -35,7 +36,10 @@ _SHARDED = "what comes back is the sharded model: shards x slices of such networ
         "contract:kind": _SHARDED,
         "contract:saved": f"{_SHARDED}; its weights are read into such a one",
         "contract:odd": f"{_SHARDED}, and each of them keeps what is odd in it",
-        "contract:scope": "a part of the weights cannot be made anew exactly: a scope that leaves some out is refused",
+        "contract:scope": _WHOLE,
+        "contract:adapter": "what comes back is a sharded model, and a bracket merges its adapter into the model that it opened",
+        "contract:pruned": _WHOLE,
+        "contract:salient": _WHOLE,
     },
 )
 def sisa(

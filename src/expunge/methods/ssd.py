@@ -22,6 +22,7 @@ from expunge.registry import AtLeastOne, NonNegative, Range, Share, method
         "threshold": "by default the share of weights selected is fixed; the authors fix the threshold",
         "strength": "0.3 by default; 1 in the authors' code",
         "guard": "the exponent is lowered until the retain loss keeps its bound; the authors have no guard",
+        "contract:adapter_moves": "it shrinks the weights in scope, and the change that a new adapter makes is 0 already",
     },
 )
 def ssd(

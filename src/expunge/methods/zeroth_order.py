@@ -35,6 +35,7 @@ _BATCHES = "(min(batch, n_forget) + min(batch, n_retain))"
         "norm_stats": "always frozen: a difference under live statistics or dropout would measure these",
         "parallel": "coordinates in one batched pass; several processes share the rows of a batch, not the coordinates",
         "stopping": "stopped when the loss on retain data leaves its bound",
+        "zeros": "a tensor that is 0 throughout (an adapter's second factor) is walked by its size: ZO-GraSP would score it 0",
     },
 )
 def zeroth_order(
