@@ -125,6 +125,9 @@ class Counted:
         self.handle = model.register_forward_hook(self._seen)
         self.start = time.perf_counter()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
+        return self  # hooks of a copy of the model (a teacher) count here too
+
     def _seen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         self.rows["forward"] += len(first)

@@ -331,6 +331,7 @@ _PARTS = {
             "group_lasso",
             "confusion_objectives",
             "perturbed",
+            "together",
         ),
         "__call__",
     ),

@@ -80,6 +80,7 @@ ORDER: list[set[str]] = [
         "power_losses",
         "confusion_objectives",
         "perturbed",
+        "together",
         "rectify",
         "balance",
         "restriction",
