@@ -81,6 +81,7 @@ ORDER: list[set[str]] = [
         "confusion_objectives",
         "perturbed",
         "together",
+        "told",
         "rectify",
         "balance",
         "restriction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Literal
 
@@ -13,6 +14,7 @@ from expunge.objectives import NLL, Ascent, Distill
 from expunge.optim import Adam
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
 from expunge.together import Together
+from expunge.told import told
 
 FORGET = "min(epochs, ascent_epochs) * ceil(n_forget / min(forget_batch, n_forget)) * min(forget_batch, n_forget)"
 RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * min(batch, n_retain)"
@@ -23,7 +25,8 @@ RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * mi
     needs={"forget", "retain", "teacher:original"},
     dose="epochs",
     cost={
-        "forward": f"2 * {FORGET} + (label_weight + distill_weight > 0) * (1 + (distill_weight > 0)) * {RETAIN}",
+        "forward": f"{FORGET} + (min({FORGET}, n_forget) if kept_outputs else {FORGET}) + (label_weight + distill_weight > 0) "
+        f"* {RETAIN} + (distill_weight > 0) * (min({RETAIN}, n_retain) if kept_outputs else {RETAIN})",
         "backward": f"{FORGET} + (label_weight + distill_weight > 0) * {RETAIN}",
     },
     departures={
@@ -100,12 +103,19 @@ def scrub(
             batch={"forget": forget_batch, "retain": batch},
             guard=Guard(checks=tuple(ends)),
         )  # within a round the retain loss is meant to rise first
-        return descend(case)
+        asked = {"forget": (near, ascent.steps * _together(case, "forget", forget_batch) * min(epochs, ascent_epochs))}
+        if distill_weight > 0:
+            asked["retain"] = (near, mend.steps * _together(case, "retain", batch) * epochs)
+        return replace(descend(told(case, asked)), request=case.request)
 
     return rounds
 
 
 def _passes(case: Case, source: str, batch: int) -> int:
     """Steps in one pass over the data of that name."""
-    size = len(case.request.data(source))
-    return ceil(size / min(batch, size))
+    return ceil(len(case.request.data(source)) / _together(case, source, batch))
+
+
+def _together(case: Case, source: str, batch: int) -> int:
+    """Examples in one step."""
+    return min(batch, len(case.request.data(source)))
