@@ -166,7 +166,7 @@ def _logits(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def ours(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[nn.Module, dict[str, float]]:
+def ours(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """Our method, as a user calls it, with all its checks; and what it took."""
     start = (time.perf_counter(), time.process_time())
     if hasattr(theirs, "ours"):
@@ -177,6 +177,7 @@ def ours(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[nn
     return outcome.model, {
         **since(start),
         **{part: outcome.record["cost"][part] for part in ("forward", "backward")},
+        "notes": outcome.notes,
     }
 
 

@@ -26,6 +26,7 @@ TWICE = "min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain)"
     paper="arXiv:2205.08096",
     needs={"forget", "retain", "teacher:original"},
     dose="steps",
+    status="reproduced",
     cost={
         "forward": f"steps * ({TWICE}) + (min({FORGET}, n_forget) + (retain_weight > 0) * min({RETAIN}, n_retain) "
         f"if kept_outputs else steps * ({TWICE}))",
