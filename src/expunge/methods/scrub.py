@@ -24,6 +24,7 @@ RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * mi
     paper="arXiv:2302.09880",
     needs={"forget", "retain", "teacher:original"},
     dose="epochs",
+    status="reproduced",
     cost={
         "forward": f"{FORGET} + (min({FORGET}, n_forget) if kept_outputs else {FORGET}) + (label_weight + distill_weight > 0) "
         f"* {RETAIN} + (distill_weight > 0) * (min({RETAIN}, n_retain) if kept_outputs else {RETAIN})",
