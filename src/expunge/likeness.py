@@ -151,10 +151,20 @@ class Turned:
     temperature: float | None = None
     teacher: Literal["original"] = "original"
 
-    def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
-        """The batch with the original's representations."""
+    @property
+    def column(self) -> str:
+        """Of the data, where the original's representations were kept (``told.told``)."""
+        return f"was/{self.teacher}"
+
+    def told(self, case: Case, batch: Batch) -> Tensor:
+        """[b, d] the original's representations."""
         with case.teacher(self.teacher) as model:
-            return {**batch, "was": representations(case, model, batch, self.head)}
+            return representations(case, model, batch, self.head)
+
+    def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
+        """The batch with the original's representations, asked for now or kept from before."""
+        kept = batch.get(self.column)
+        return {**batch, "was": self.told(case, batch) if kept is None else kept}
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         now = representations(case, case.model, batch, self.head)

@@ -156,10 +156,20 @@ class Distill:
     def __post_init__(self) -> None:
         require(self.temperature > 0, self, "temperature", "above 0")
 
-    def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
-        """The batch with the teacher's outputs, computed once per step and without a graph."""
+    @property
+    def column(self) -> str:
+        """Of the data, where what the teacher says of each example was kept (``told.told``)."""
+        return f"told/{self.teacher}"
+
+    def told(self, case: Case, batch: Batch) -> Tensor:
+        """What the teacher says of each example, without a graph."""
         with case.teacher(self.teacher) as model:
-            return {**batch, "teacher": case.task.outputs(model, batch)}
+            return case.task.outputs(model, batch)
+
+    def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
+        """The batch with the teacher's outputs, computed once per step, or kept from before."""
+        kept = batch.get(self.column)
+        return {**batch, "teacher": self.told(case, batch) if kept is None else kept}
 
     def __call__(self, case: Case, batch: Batch) -> Tensor:
         if self.reverse and hasattr(case.task, "logits"):

@@ -65,7 +65,8 @@ class Method:
         dose: name of the setting that is 0 for the identity; None with a reason in `departures`.
         promise: "approximate", or "exact" where it equals retraining to the bit.
         cost: ``{"forward": expression, "backward": expression}`` in rows, over the settings, n_forget, n_retain, and
-            ``relabel``, the forward rows that a wrong answer costs: 0, or 1 for a task that asks the model for it.
+            ``relabel``, the forward rows that a wrong answer costs: 0, or 1 for a task that asks the model for it;
+            and ``kept_outputs``, 1 for a task whose outputs are small and always the same, so that a teacher is asked once.
         departures: key -> why it departs from its paper, from the authors' code or from a contract.
         status: "implemented", or "reproduced" once a committed benchmark result stands beside the paper's.
         labels: whether it reads the labels of the data.
@@ -97,6 +98,7 @@ class Method:
     ) -> dict[str, int]:
         """The declared cost in rows, for these settings on that task."""
         sizes = {"n_forget": n_forget, "n_retain": n_retain, "relabel": getattr(tasks()[task], "relabel_rows", 0)}
+        sizes["kept_outputs"] = getattr(tasks()[task], "kept_outputs", 0)
         names = {"ceil": math.ceil, "min": min, "max": max, **sizes, **bound}
         return {kind: int(eval(text, {"__builtins__": {}}, names)) for kind, text in self.cost.items()}
 
@@ -331,6 +333,7 @@ _PARTS = {
             "group_lasso",
             "confusion_objectives",
             "perturbed",
+            "together",
         ),
         "__call__",
     ),

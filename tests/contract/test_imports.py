@@ -80,6 +80,8 @@ ORDER: list[set[str]] = [
         "power_losses",
         "confusion_objectives",
         "perturbed",
+        "together",
+        "told",
         "rectify",
         "balance",
         "restriction",

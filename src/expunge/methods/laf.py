@@ -13,9 +13,11 @@ from expunge.likeness import Repair, Strange, Turned, alignment, fitted, head_na
 from expunge.optim import Adam
 from expunge.oracle import On
 from expunge.registry import AtLeastOne, Count, Positive, Range, method
+from expunge.told import told
 from expunge.turns import InTurns
 
 _PAIR = "(min(batch, n_forget) + min(batch, n_retain))"
+_ASKED = " + ".join(f"min(steps * min(batch, {n}), {n})" for n in ("n_forget", "n_retain"))
 _FIT = (
     "(steps > 0) * epochs * ("
     + " + ".join(f"ceil({n} / min(batch, {n})) * min(batch, {n})" for n in ("n_forget", "n_retain"))
@@ -31,7 +33,7 @@ _REPAIR = "(steps > 0) * repair * min(batch, ceil(labelled * n_retain))"
     needs={"forget", "retain", "teacher:original"},
     dose="steps",
     cost={
-        "forward": f"(steps > 0) * (n_forget + n_retain) + {_FIT} + 3 * steps * {_PAIR} + {_REPAIR}",
+        "forward": f"(steps > 0) * (n_forget + n_retain) + {_FIT} + 2 * steps * {_PAIR} + {_ASKED} + {_REPAIR}",
         "backward": f"{_FIT} + 2 * steps * {_PAIR} + {_REPAIR}",
     },
     departures={
@@ -127,4 +129,7 @@ class _Forget:
             batch=self.batch,
             norm_stats=self.norm_stats,
         )
-        return self.repair.on(descend(replace(case, rng=rng)), head)
+        turned, read = Turned(head), {"forget": self.steps, "retain": self.steps}
+        asked = {n: (turned, k * min(self.batch, len(case.request.data(n)))) for n, k in read.items()}
+        done = descend(told(replace(case, rng=rng), asked))
+        return self.repair.on(replace(done, request=case.request), head)

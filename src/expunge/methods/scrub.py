@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from typing import Literal
 
 from expunge.combine import Weighted
 from expunge.compose import Alternate, Turn
-from expunge.core import Case, Stage
+from expunge.core import Case, Objective, Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, Ascent, Distill
 from expunge.optim import Adam
-from expunge.oracle import On
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
+from expunge.together import Together
+from expunge.told import told
 
 FORGET = "min(epochs, ascent_epochs) * ceil(n_forget / min(forget_batch, n_forget)) * min(forget_batch, n_forget)"
 RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * min(batch, n_retain)"
@@ -22,14 +24,15 @@ RETAIN = "epochs * min(ceil(n_retain / min(batch, n_retain)), retain_steps) * mi
     paper="arXiv:2302.09880",
     needs={"forget", "retain", "teacher:original"},
     dose="epochs",
+    status="reproduced",
     cost={
-        "forward": f"2 * {FORGET} + ((label_weight > 0) + 2 * (distill_weight > 0)) * {RETAIN}",
-        "backward": f"{FORGET} + ((label_weight > 0) + (distill_weight > 0)) * {RETAIN}",
+        "forward": f"{FORGET} + (min({FORGET}, n_forget) if kept_outputs else {FORGET}) + (label_weight + distill_weight > 0) "
+        f"* {RETAIN} + (distill_weight > 0) * (min({RETAIN}, n_retain) if kept_outputs else {RETAIN})",
+        "backward": f"{FORGET} + (label_weight + distill_weight > 0) * {RETAIN}",
     },
     departures={
         "retain_steps": "a retain pass is cut short after that many steps, so that the cost does not grow with "
         "the retain set; the paper's pass is over all of it",
-        "graphs": "the two retain terms are differentiated one after the other, each with its own forward pass",
         "optimizer": "Adam at a constant rate without weight decay; the paper's rate falls tenfold at fixed epochs",
         "rewind": "SCRUB+R, which picks an epoch by the error on held-out data, is not here; the guard keeps the "
         "last epoch whose retain loss is in bounds",
@@ -79,32 +82,41 @@ def scrub(
     CIFAR-10, SGD, momentum 0.9, lr 5e-4, weight decay 5e-4, gamma 0.99, alpha 0.001, T 4, 2 of 3, batches 128 and 32.
     """
     near = Distill("original", temperature)
-    retain = Weighted({"retain": label_weight, "near": distill_weight})
+    terms: list[tuple[Objective, float]] = [(NLL(), label_weight), (near, distill_weight)]
+    parts = [(part, weight) for part, weight in terms if weight > 0] or terms[:1]
+    retain = Together(tuple(part for part, _ in parts), tuple(float(weight) for _, weight in parts))
+    any_weight = Weighted({"retain": float(label_weight + distill_weight > 0)})
 
     def rounds(case: Case) -> Case:
         if epochs == 0:
             return case
         ascent = Turn(("forget",), _passes(case, "forget", forget_batch))
-        mend = Turn(("retain", "near"), min(_passes(case, "retain", batch), retain_steps), combine=retain)
+        mend = Turn(("retain",), min(_passes(case, "retain", batch), retain_steps), combine=any_weight)
         turns = [turn for epoch in range(epochs) for turn in ((ascent, mend) if epoch < ascent_epochs else (mend,))]
         ends = [sum(turn.steps for turn in turns[: i + 1]) for i, turn in enumerate(turns) if turn is mend]
         descend = Descend(
             forget=Ascent(near),
-            retain=NLL(),
-            others={"near": On("retain", near)},
+            retain=retain,
             combine=Alternate(tuple(turns)),
             optimizer=Adam(lr),
             steps=ends[-1],
             norm_stats=norm_stats,
-            batch={"forget": forget_batch, "retain": batch, "near": batch},
+            batch={"forget": forget_batch, "retain": batch},
             guard=Guard(checks=tuple(ends)),
         )  # within a round the retain loss is meant to rise first
-        return descend(case)
+        asked = {"forget": (near, ascent.steps * _together(case, "forget", forget_batch) * min(epochs, ascent_epochs))}
+        if distill_weight > 0:
+            asked["retain"] = (near, mend.steps * _together(case, "retain", batch) * epochs)
+        return replace(descend(told(case, asked)), request=case.request)
 
     return rounds
 
 
 def _passes(case: Case, source: str, batch: int) -> int:
     """Steps in one pass over the data of that name."""
-    size = len(case.request.data(source))
-    return ceil(size / min(batch, size))
+    return ceil(len(case.request.data(source)) / _together(case, source, batch))
+
+
+def _together(case: Case, source: str, batch: int) -> int:
+    """Examples in one step."""
+    return min(batch, len(case.request.data(source)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ class Classification:
     name: str = field(default="classification", init=False)
     unit: str = field(default="nats per label", init=False)
     stochastic: bool = field(default=False, init=False)
+    kept_outputs: ClassVar[int] = 1  # a teacher's are one row of numbers per example, and the same each time
 
     def __post_init__(self) -> None:
         if self.classes < 2:
