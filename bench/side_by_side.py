@@ -49,6 +49,7 @@ from expunge.shelf import Shelf
 from expunge.trainer import Trainer
 from expunge.training_pool import make_all
 from expunge.version import revision
+from expunge.weights import hash_tensors, tensors_of
 
 RESULTS = Path(__file__).parent / "results" / "side_by_side"
 SCORES = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
@@ -175,6 +176,15 @@ def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
     return found
 
 
+def scores_kept(model: nn.Module, problem: Problem, folder: Path) -> dict[str, float]:
+    """``scores`` of a model that many runs share, reckoned once: kept beside the trained models."""
+    data = [fingerprint(problem.request.data(part)) for part in ("forget", "retain")]
+    path = folder / f"scores-{'-'.join(part[:12] for part in (hash_tensors(tensors_of(model)), *data))}.json"
+    if not path.exists():
+        write_bytes(path, json.dumps(scores(model, problem)).encode())
+    return json.loads(path.read_text())
+
+
 def _logits(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
@@ -219,8 +229,8 @@ def one_seed(theirs: Any, suite: builtin.Suite, seed: int, folder: Path) -> dict
     original, retrained = trained(suite, problem, seed, folder)
     found: dict[str, Any] = {
         "seed": seed,
-        "original": scores(original, problem),
-        "retrained": scores(retrained, problem),
+        "original": scores_kept(original, problem, folder),
+        "retrained": scores_kept(retrained, problem, folder),
     }
     sides = {"ours": ours, "theirs": their}
     warm(original, problem)
