@@ -15,6 +15,7 @@ call it; docs/reproduction has, for each method, which functions of which revisi
 
 Both get the same trained model, in eval mode, and data as tensors in memory. They run in turn, one thread, and which goes
 first changes from seed to seed. Each is timed and its rows are counted on the way in (any forward of the model) and back.
+The time is the processor's for this process, which other programs on the machine disturb less; the clock's stands beside it.
 Writes ``bench/results/side_by_side/NAME.json``.
 """
 
@@ -48,6 +49,7 @@ from expunge.shelf import Shelf
 from expunge.trainer import Trainer
 from expunge.training_pool import make_all
 from expunge.version import revision
+from expunge.weights import hash_tensors, tensors_of
 
 RESULTS = Path(__file__).parent / "results" / "side_by_side"
 SCORES = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
@@ -117,16 +119,33 @@ def _arrays(data: Data) -> tuple[Tensor, Tensor]:
     return batch["x"], batch["y"]
 
 
+def now() -> tuple[float, float]:
+    """Seconds of this process's processor time, and of the clock."""
+    return time.process_time(), time.perf_counter()
+
+
+def since(start: tuple[float, float]) -> dict[str, float]:
+    """What has passed of both."""
+    return {name: end - begun for name, begun, end in zip(("seconds", "clock_seconds"), start, now(), strict=True)}
+
+
+def warm(model: nn.Module, problem: Problem) -> None:
+    """What only a first call costs (imports, the library's own caches) belongs to neither side."""
+    stage = methods()["finetune"].build(steps=2)
+    ex.unlearn(model, problem.request, task=problem.task, method=stage, seed=0)
+
+
 class Counted:
     """Seconds, and rows through a model and back, of whoever runs inside."""
 
     def __init__(self, model: nn.Module):
         self.rows = {"forward": 0, "backward": 0}
         self.handle = model.register_forward_hook(self._seen)
-        self.start = (time.perf_counter(), time.process_time())
+        self.since = now()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
-        return self  # hooks of a copy of the model (a teacher) count here too
+        """Itself: the rows of a copy of the model count too."""
+        return self
 
     def _seen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
@@ -138,14 +157,9 @@ class Counted:
 
     def done(self) -> dict[str, float]:
         """What it took."""
-        took = since(self.start)
+        taken = since(self.since)
         self.handle.remove()
-        return {**took, **self.rows}
-
-
-def since(start: tuple[float, float]) -> dict[str, float]:
-    """Seconds of the clock, and of the processor, since then."""
-    return {"seconds": time.perf_counter() - start[0], "processor_seconds": time.process_time() - start[1]}
+        return {**taken, **self.rows}
 
 
 def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
@@ -162,20 +176,30 @@ def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
     return found
 
 
+def scores_kept(model: nn.Module, problem: Problem, folder: Path) -> dict[str, float]:
+    """``scores`` of a model that many runs share, reckoned once: kept beside the trained models."""
+    data = [fingerprint(problem.request.data(part)) for part in ("forget", "retain")]
+    path = folder / f"scores-{'-'.join(part[:12] for part in (hash_tensors(tensors_of(model)), *data))}.json"
+    if not path.exists():
+        write_bytes(path, json.dumps(scores(model, problem)).encode())
+    return json.loads(path.read_text())
+
+
 def _logits(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
 def ours(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """Our method, as a user calls it, with all its checks; and what it took."""
-    start = (time.perf_counter(), time.process_time())
+    start = now()
     if hasattr(theirs, "ours"):
         outcome = theirs.ours(model, problem, seed)
     else:
         stage = methods()[theirs.METHOD].build(**theirs.SETTINGS)
         outcome = ex.unlearn(model, problem.request, task=problem.task, method=stage, seed=seed)
+    taken = since(start)
     return outcome.model, {
-        **since(start),
+        **taken,
         **{part: outcome.record["cost"][part] for part in ("forward", "backward")},
         "notes": outcome.notes,
     }
@@ -206,10 +230,11 @@ def one_seed(theirs: Any, suite: builtin.Suite, seed: int, folder: Path) -> dict
     original, retrained = trained(suite, problem, seed, folder)
     found: dict[str, Any] = {
         "seed": seed,
-        "original": scores(original, problem),
-        "retrained": scores(retrained, problem),
+        "original": scores_kept(original, problem, folder),
+        "retrained": scores_kept(retrained, problem, folder),
     }
     sides = {"ours": ours, "theirs": their}
+    warm(original, problem)
     for side in sorted(sides, reverse=bool(seed % 2)):
         model = copy.deepcopy(original)
         torch.manual_seed(seed)
@@ -264,8 +289,8 @@ def summary(theirs: Any, name: str, suite: builtin.Suite, rows: list[dict[str, A
         "sizes": sizes,
         "data": fingerprint(problem.request.data("forget")),
         "scores": {score: joint(rows, score, sizes_of[score]) for score in SCORES},
-        "time_ratio": ratio(rows, "processor_seconds"),
-        "clock_ratio": ratio(rows, "seconds"),
+        "time_ratio": ratio(rows, "seconds"),
+        "clock_ratio": ratio(rows, "clock_seconds"),
         "revision": revision(),
         "machine": {
             "torch": torch.__version__,
@@ -274,18 +299,6 @@ def summary(theirs: Any, name: str, suite: builtin.Suite, rows: list[dict[str, A
         },
         "seeds": rows,
     }
-
-
-def _warm() -> None:
-    """One small run, so that what torch imports at its first step is on neither side's time."""
-    digits = builtin.suite("digits")
-    ex.unlearn(
-        digits.make(), ex.split(digits.train, "y == 3"), task=digits.task, method=methods()["finetune"].build(steps=1)
-    )
-    parameter = nn.Parameter(torch.zeros(1))
-    parameter.sum().backward()
-    for optimizer in (torch.optim.Adam([parameter]), torch.optim.SGD([parameter], lr=0.1)):
-        optimizer.step()
 
 
 def main() -> None:
@@ -303,7 +316,6 @@ def main() -> None:
         suite = replace(suite, make=theirs.make)
     if hasattr(theirs, "EPOCHS"):
         suite = replace(suite, recipe=replace(suite.recipe, epochs=theirs.EPOCHS))
-    _warm()
     if hasattr(theirs, "warm"):
         theirs.warm(problem_of(theirs, suite, 0))
     rows = [one_seed(theirs, suite, seed, given.models) for seed in range(given.seeds)]

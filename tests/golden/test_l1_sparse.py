@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,23 @@ def test_golden_steps_over_every_parameter_scales_and_biases_included() -> None:
     plain = ex.unlearn(model, request, task=TASK, method=l1_sparse(alpha=0.0, lr=2e-3, steps=6, batch=ALL))
     for name, p in plain.model.named_parameters():
         assert not torch.equal(p, done.model.get_parameter(name)), f"the norm leaves {name} out"
+
+
+def test_golden_the_published_optimizer() -> None:
+    """SGD with momentum and weight decay, the norm's weight falling once per epoch, as the authors' loop does."""
+    model, request = small()
+    x, y = whole(request.retain)
+    hand = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(hand.parameters(), 0.05, momentum=0.9, weight_decay=5e-3)
+    for epoch in (0, 0, 0, 1, 1, 1):
+        optimizer.zero_grad()
+        norm = torch.linalg.vector_norm(torch.cat([p.flatten() for p in hand.parameters()]), ord=1)
+        (F.cross_entropy(hand(x), y) + 1e-2 * (1 - epoch / 2) * norm).backward()
+        optimizer.step()
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-3, "levels": 2, "steps": 6, "batch": ALL}
+    done = ex.unlearn(model, request, task=TASK, method=l1_sparse(alpha=1e-2, optimizer="sgd", **settings))
+    assert not done.notes, "the guard stopped the run, which theirs has not"
+    assert furthest(done.model, hand) < 1e-6
 
 
 def test_weights_shrink_and_none_is_cut_to_zero() -> None:

@@ -22,6 +22,7 @@ _ROWS = "steps * min(batch, n_forget)"
     tasks=("classification",),
     needs={"forget"},
     dose="steps",
+    status="reproduced",
     cost={"forward": f"(steps > 0) * 2 * n_forget + {_ROWS}", "backward": f"(steps > 0) * n_forget + {_ROWS}"},
     departures={
         "search": "the nearest class is searched once, before the first step: it is that of the model as it was, which "

@@ -15,6 +15,7 @@ from expunge.registry import AtLeastOne, NonNegative, Range, Share, method
     paper="arXiv:2308.07707",
     needs={"forget", "retain"},
     dose="exponent",
+    status="reproduced",
     cost={"forward": "n_forget + n_retain", "backward": "n_forget + n_retain"},
     departures={
         "importance": "squared gradients of single examples; the authors square the gradient of a batch mean, "
