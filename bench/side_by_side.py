@@ -11,7 +11,7 @@ call it; docs/reproduction has, for each method, which functions of which revisi
     REQUEST = "y == 3"                               # or a share drawn at random: 0.1
     def theirs(model, problem, seed): ...            # gets a copy of the trained model; returns the model that forgot
     # optional: NAME (of the result), SUITE, EXAMPLES, EPOCHS, make() -> network, ours(model, problem, seed) -> Outcome,
-    # warm(problem): anything that is not to be timed, such as imports
+    # train(data, seed) -> model, where a method asks for models trained in its own way; warm(problem): anything that is not to be timed, such as imports
 
 Both get the same trained model, in eval mode, and data as tensors in memory. They run in turn, one thread, and which goes
 first changes from seed to seed. Each is timed and its rows are counted on the way in (any forward of the model) and back.
@@ -180,12 +180,11 @@ def their(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[n
     return made, counted.done()
 
 
-def trained(suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> list[nn.Module]:
+def trained(theirs: Any, suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> list[nn.Module]:
     """The original, and one trained without the forget data; made once for all methods that share them."""
     train = suite.train.select(torch.arange(len(problem.train[0])))
-    models = Models(
-        Trainer(suite.recipe, suite.make, suite.task), {"train": train, "retain": problem.request.data("retain")}
-    )
+    how = getattr(theirs, "train", suite.recipe)
+    models = Models(Trainer(how, suite.make, suite.task), {"train": train, "retain": problem.request.data("retain")})
     jobs = [models.training("original", "train", seed), models.training("retrained", "retain", 1000 + seed)]
     shelf = Shelf(folder)
     made, _ = make_all(shelf, models, jobs, 1, None, "training")
@@ -195,7 +194,7 @@ def trained(suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> 
 def one_seed(theirs: Any, suite: builtin.Suite, seed: int, folder: Path) -> dict[str, Any]:
     """Both sides on one trained model."""
     problem = problem_of(theirs, suite, seed)
-    original, retrained = trained(suite, problem, seed, folder)
+    original, retrained = trained(theirs, suite, problem, seed, folder)
     found: dict[str, Any] = {
         "seed": seed,
         "original": scores(original, problem),
