@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cifar
 import numpy as np
 import torch
 from torch import nn
@@ -30,6 +29,9 @@ from expunge.compose import Clip
 from expunge.core import Key
 from expunge.data import builtin
 from expunge.data.builtin import Recipe
+from expunge.data.formats import data_folder
+from expunge.data.networks import small_network
+from expunge.data.real import cifar10_data
 from expunge.data.sources import fingerprint
 from expunge.journal import write_bytes
 from expunge.objectives import Ascent, RandomLabel
@@ -79,8 +81,15 @@ def digits_random() -> Work:
 
 def cifar10_random() -> Work:
     """A random tenth of 5,000 images, which the network learns by heart."""
-    train, test = cifar.load(train=5000, test=5000)
-    return Work(train, test, cifar.network, Recipe(epochs=12, lr=0.05, batch=64), drawn(train, 500), 100)
+    train, test = cifar10_data(train=5000, test=5000)
+    return Work(train, test, small_network, Recipe(epochs=12, lr=0.05, batch=64), drawn(train, 500), 100)
+
+
+def _has_cifar10() -> bool:
+    try:
+        return data_folder("cifar10", "CIFAR-10").is_dir()
+    except ex.Refused:
+        return False
 
 
 def drawn(train: ex.Data, count: int) -> ex.Request:
@@ -190,7 +199,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=K, help="originals and retrained models of each set")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
-        "sets", nargs="*", default=[name for name in SETS if not name.startswith("cifar10") or cifar.folder()]
+        "sets", nargs="*", default=[name for name in SETS if not name.startswith("cifar10") or _has_cifar10()]
     )
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ Where = Literal["top", "function", "types"]
 #   registry is low, because what is registered imports it: it finds methods, tasks and measures at run time;
 #   scope is below oracle, which differentiates inside a scope, and gramian and criteria are rules on numbers alone;
 #   journal writes Cases and Scopes, and is what reports and run files are written with;
-#   tasks and data know the nouns, not the losses; data.builtin is the exception that trains its small networks;
+#   tasks and data know the nouns, not the losses; data.recipe is the exception, which trains the networks of the suites;
 #   audit judges models from outside: it may see no objective, combiner, method or loop;
 #   adapters are settings of carriers and layers for them; adapter_files stands below the loading of language models,
 #   which may find an adapter in a folder;
@@ -45,7 +45,7 @@ ORDER: list[set[str]] = [
     },
     {"scope", "criteria", "data.split", "data.tables", "data.joined", "lean"},
     {"oracle", "journal", "tasks.*", "data.files", "adapter_layers"},
-    {"weights", "store", "watch", "spectral_adapters", "random_projection"},
+    {"weights", "store", "watch", "spectral_adapters", "random_projection", "data.formats"},
     {"adapters"},
     {"adapter_files"},
     {"tasks.language_model", "tasks.alternates"},
@@ -100,6 +100,8 @@ ORDER: list[set[str]] = [
     {"retain_choice", "class_choice", "concept_bank"},
     {"shards", "orders"},
     {"sequences"},
+    {"data.recipe", "data.networks"},
+    {"data.real", "data.real_tables", "data.real_text"},
     {"methods.*", "data.builtin", "attacks.*", "guarantees.*"},
     {"run", "trainer", "shadow_design"},
     {"shelf", "single"},
@@ -129,7 +131,8 @@ AUDIT_SEES = {
     *("store", "weights", "data.sources"),
 }
 OPTIONAL = {"transformers", "peft", "diffusers"}
-NEAR_MODELS = {"adapters", "adapter_files", "benchmarks.mini_tofu_model"}  # besides tasks/; the last builds its own
+NEAR_MODELS = {"adapters", "adapter_files", "benchmarks.mini_tofu_model", "data.real_text"}
+"""Besides tasks/; the last two build models of their own."""
 
 
 def module_of(path: Path) -> str:

@@ -204,6 +204,20 @@ def test_a_bad_suite_file_is_refused_before_any_training(
     assert says in capsys.readouterr().err
 
 
+def test_settings_that_a_search_found_stand_below_the_files_own(tmp_path: Path) -> None:
+    text = SMALL.replace("retrained = 2", 'retrained = 2\nsettings = "found.json"')
+    tried = {"finetune": {"ten": {"settings": {"lr": 0.5}}, "malignant": {"settings": {"steps": 9, "lr": 0.25}}}}
+    (tmp_path / "found.json").write_text(json.dumps({"methods": tried}))
+    spec = BenchSpec.read(written(tmp_path, text))
+    assert spec.methods["finetune"]["on"] == {"ten": {"lr": 0.5}, "malignant": {"steps": 3, "lr": 0.25}}
+    settings = dict(spec.stages()["malignant", "finetune"].settings)
+    assert (settings["steps"], settings["lr"]) == (3, 0.25)
+    assert "on" not in spec.methods["unsir"]
+    (tmp_path / "found.json").unlink()
+    with pytest.raises(Refused, match="search"):
+        BenchSpec.read(written(tmp_path, text))
+
+
 def test_a_table_by_hand() -> None:
     """Two seeds: means, Student's interval, shares and costs as they are written down here."""
 

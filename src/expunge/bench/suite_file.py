@@ -2,6 +2,7 @@
 
 suite = "digits"                     # data, task, network and recipe (``expunge list suites``)
 retrained = 5                        # reference models for each request
+# settings = "found/digits.json"     # settings by row and request that a search found (bench/tune_suites.py wrote them)
 seeds = {train = [0, 1, 2], unlearn = [0], audit = [0]}
 
 [manipulate]                         # optional: bad examples in the training data
@@ -26,6 +27,7 @@ requests = ["class_3"]               # a row for some of the requests
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,6 +100,7 @@ class BenchSpec(Section):
     suite: str
     seeds: Seeds
     retrained: Annotated[int, Field(ge=0)] = 3
+    settings: str | None = None
     manipulate: Manipulate | None = None
     requests: Annotated[dict[str, str | list[int] | Drawn], Field(min_length=1)]
     methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -110,11 +113,34 @@ class BenchSpec(Section):
             Refused: for an unknown key, method, setting or request, or a request that is none.
         """
         spec: BenchSpec = checked(BenchSpec, read_toml(path), str(path))
+        if spec.settings is not None:
+            spec = spec._with_found(path.parent / spec.settings)
         for name, request in spec.requests.items():
             if isinstance(request, Drawn) and request.rule[0] == "identified" and not spec.bad:
                 raise Refused(f"{path}: request {name!r} asks for identified bad examples, and [manipulate] makes none")
         spec.stages()
         return spec
+
+    def _with_found(self, path: Path) -> BenchSpec:
+        """The rows with the settings of a search for each request, below what the suite file itself says of it."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))["methods"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Refused(
+                f"settings = {self.settings!r}: {path} cannot be read as settings that a search found ({error}); run the "
+                f"search again, or take the line out"
+            ) from error
+        rows = {}
+        for row, given in self.methods.items():
+            on = {
+                request: dict(one["settings"])
+                for request, one in found.get(row, {}).items()
+                if request in self.requests
+            }
+            for request, own in given.get("on", {}).items():
+                on[request] = {**on.get(request, {}), **own}
+            rows[row] = {**given, "on": on} if on else given
+        return self.model_copy(update={"methods": rows})
 
     @property
     def bad(self) -> Poison | Mislabel | None:

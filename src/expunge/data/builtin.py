@@ -5,124 +5,33 @@ They are for the demo, the tests and quick benchmarks: a run takes seconds on a 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from expunge.core import Case, Data, Key, Request, Task
+from expunge.core import Data, Key
+from expunge.data.real import REAL
+from expunge.data.real_tables import REAL_TABLES
+from expunge.data.real_text import REAL_TEXT
+from expunge.data.recipe import Recipe, Suite, fresh, held_out, split_by_hash, train, train_counted, where
 from expunge.data.sources import as_data
-from expunge.descend import Descend
-from expunge.objectives import NLL
-from expunge.optim import SGD, AdamW, Cosine, Optimizer
 from expunge.registry import find
-from expunge.scope import Scope
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained from the weights that `make` gives it, on the NLL, with a cosine schedule.
-
-    Args:
-        epochs: passes over the data, >= 0; 0 leaves the first weights.
-        lr, momentum, weight_decay: of SGD; AdamW has no such momentum.
-        batch: examples per step, >= 1.
-        optimizer: "sgd", or "adamw", which language models are fine-tuned with.
-    """
-
-    epochs: float = 20
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch: int = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Data, task, network and recipe: all that a comparison of methods needs.
-
-    Attributes:
-        name: registry name.
-        train, test: the fixed split; ids are the rows of the original data set.
-        task: the modality.
-        make: a fresh network. It draws from torch's global random state: call it through ``fit`` or ``fresh``.
-        recipe: how that network is trained.
-    """
-
-    name: str
-    train: Data
-    test: Data
-    task: Task
-    make: Callable[[], nn.Module] = field(repr=False)
-    recipe: Recipe
-
-    def fit(self, data: Data | None = None, seed: int = 0) -> nn.Module:
-        """A network trained on `data` (default: the training set), from fresh weights."""
-        return train_counted(self.make, self.train if data is None else data, self.task, seed, self.recipe)[0]
-
-
-def _optimizer(recipe: Recipe) -> Optimizer:
-    if recipe.optimizer == "adamw":
-        return AdamW(recipe.lr, weight_decay=recipe.weight_decay)
-    return SGD(recipe.lr, recipe.momentum, recipe.weight_decay)
-
-
-def fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """What `make` builds when the global random state is at `seed`; that state is given back as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(Key(seed).at("fresh").seed)
-        return make()
-
-
-def train(
-    make: Callable[[], nn.Module],
-    data: Data,
-    task: Task,
-    seed: int = 0,
-    *,
-    epochs: float = 20,
-    lr: float = 0.05,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    batch: int = 64,
-) -> nn.Module:
-    """Train a fresh network: ``Descend(retain=NLL())`` on all its parameters, in train mode.
-
-    The same arguments give the same bits on the same machine; the global random state is untouched. It does not promise
-    that the recipe suits the network: look at the accuracy.
-
-    Args:
-        make: builds the network, drawing from the global random state.
-        data: what to learn.
-        task: the modality.
-        seed: of the weights and of every batch.
-        epochs, lr, momentum, weight_decay, batch: see ``Recipe``.
-    """
-    return train_counted(make, data, task, seed, Recipe(epochs, lr, momentum, weight_decay, batch))[0]
-
-
-def train_counted(
-    make: Callable[[], nn.Module], data: Data, task: Task, seed: int, recipe: Recipe
-) -> tuple[nn.Module, dict[str, float]]:
-    """As ``train``, and what it cost: ``seconds``, and rows ``forward`` and ``backward``."""
-    model = fresh(make, seed)
-    case = Case(model, Request(retain=data), task, Scope.all(model), rng=Key(seed).at("train"))
-    stage = Descend(
-        retain=NLL(),
-        optimizer=_optimizer(recipe),
-        schedule=Cosine(warmup=0.05),
-        epochs=recipe.epochs,
-        batch=recipe.batch,
-        norm_stats="live",
-    )
-    with case.meter.timed():
-        stage(case)
-    return model.eval(), {name: getattr(case.meter, name) for name in ("seconds", "forward", "backward")}
+__all__ = [
+    "SUITES",
+    "Recipe",
+    "Suite",
+    "breast_cancer",
+    "diabetes",
+    "digits",
+    "fresh",
+    "held_out",
+    "identities",
+    "suite",
+]
+__all__ += ["train", "train_counted"]
 
 
 def digits() -> Suite:
@@ -179,7 +88,7 @@ def identities() -> Suite:
     pictures = (own[person] + 0.6 * groups[age] + noise)[:, None].astype(np.float32)
     everything = as_data({"x": pictures, "y": age, "identity": person})
     unseen = torch.from_numpy(person >= PEOPLE)
-    train, test = everything.select(_where(~unseen)), everything.select(_where(unseen))
+    train, test = everything.select(where(~unseen)), everything.select(where(unseen))
     return Suite("identities", train, test, Classification(AGES), _flat, Recipe(epochs=20, lr=0.02))
 
 
@@ -195,7 +104,11 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "diabetes": diabetes,
     "digits": digits,
     "identities": identities,
+    **REAL,
+    **REAL_TABLES,
+    **REAL_TEXT,
 }
+"""Name -> what builds it. Those of ``real``, ``real_tables`` and ``real_text`` look for their files when they are built, not before."""
 
 
 def suite(name: str) -> Suite:
@@ -207,20 +120,8 @@ def suite(name: str) -> Suite:
     return find("suite", name, SUITES)()
 
 
-def held_out(name: str, rows: int) -> np.ndarray:
-    """[rows] bool, about a fifth True: a row is in the test set by a hash of its number, so it stays there for ever."""
-    picked = [hashlib.blake2b(f"{name}:{row}".encode(), digest_size=4).digest()[0] % 5 == 0 for row in range(rows)]
-    return np.array(picked)
-
-
 def _split(name: str, inputs: np.ndarray, target: np.ndarray) -> tuple[Data, Data]:
-    everything = as_data({"x": inputs.astype(np.float32), "y": target})
-    test = torch.from_numpy(held_out(name, len(everything)))
-    return everything.select(_where(~test)), everything.select(_where(test))
-
-
-def _where(mask: Tensor) -> Tensor:
-    return torch.nonzero(mask).flatten()
+    return split_by_hash(name, as_data({"x": inputs.astype(np.float32), "y": target}))
 
 
 def _standard(name: str, values: np.ndarray) -> np.ndarray:

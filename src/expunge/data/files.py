@@ -23,7 +23,7 @@ from expunge.data.sources import as_data
 from expunge.data.tables import TABLES, Categories, Loaded, Target, few, first_line, read_table
 from expunge.registry import did_you_mean, need_extra
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ImageFiles:
@@ -145,7 +145,7 @@ def read_arrays(path: str | Path, *, inputs: str = "x", label: str = "y") -> Loa
     path = Path(path)
     if not path.is_file():
         raise Refused(f"there is no data file {path}")
-    arrays = _npz(path) if path.suffix.lower() == ".npz" else _safetensors(path)
+    arrays = read_npz(path) if path.suffix.lower() == ".npz" else _safetensors(path)
     for name in (inputs, label):
         if name not in arrays:
             raise Refused(f"{path} has no array {name!r}{did_you_mean(name, arrays)}: it has {few(arrays)}")
@@ -155,7 +155,8 @@ def read_arrays(path: str | Path, *, inputs: str = "x", label: str = "y") -> Loa
     return Loaded(as_data({"x": arrays[inputs], "y": y}, ids=arrays.get("id")))
 
 
-def _npz(path: Path) -> dict[str, Any]:
+def read_npz(path: Path) -> dict[str, Any]:
+    """Every array of a ``.npz`` file by its name; pickled objects are refused, never loaded."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
