@@ -11,7 +11,8 @@ call it; docs/reproduction has, for each method, which functions of which revisi
     REQUEST = "y == 3"                               # or a share drawn at random: 0.1
     def theirs(model, problem, seed): ...            # gets a copy of the trained model; returns the model that forgot
     # optional: NAME (of the result), SUITE, EXAMPLES, EPOCHS, make() -> network, ours(model, problem, seed) -> Outcome,
-    # train(data, seed) -> model, where a method asks for models trained in its own way; warm(problem): anything that is not to be timed, such as imports
+    # train(data, seed) -> model, where a method asks for models trained in its own way,
+    # warm(problem): anything that is not to be timed, such as imports
 
 Both get the same trained model, in eval mode, and data as tensors in memory. They run in turn, one thread, and which goes
 first changes from seed to seed. Each is timed and its rows are counted on the way in (any forward of the model) and back.
@@ -124,6 +125,9 @@ class Counted:
         self.rows = {"forward": 0, "backward": 0}
         self.handle = model.register_forward_hook(self._seen)
         self.start = time.perf_counter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
+        return self  # hooks of a copy of the model (a teacher) count here too
 
     def _seen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
