@@ -11,6 +11,7 @@ call it; docs/reproduction has, for each method, which functions of which revisi
     REQUEST = "y == 3"                               # or a share drawn at random: 0.1
     def theirs(model, problem, seed): ...            # gets a copy of the trained model; returns the model that forgot
     # optional: NAME (of the result), SUITE, EXAMPLES, EPOCHS, make() -> network, ours(model, problem, seed) -> Outcome,
+    # train(data, seed) -> model, where a method asks for models trained in its own way,
     # warm(problem): anything that is not to be timed, such as imports
 
 Both get the same trained model, in eval mode, and data as tensors in memory. They run in turn, one thread, and which goes
@@ -147,6 +148,9 @@ class Counted:
         """Itself: the rows of a copy of the model count too."""
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
+        return self  # hooks of a copy of the model (a teacher) count here too
+
     def _seen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         self.rows["forward"] += len(first)
@@ -212,12 +216,11 @@ def their(theirs: Any, model: nn.Module, problem: Problem, seed: int) -> tuple[n
     return made, counted.done()
 
 
-def trained(suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> list[nn.Module]:
+def trained(theirs: Any, suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> list[nn.Module]:
     """The original, and one trained without the forget data; made once for all methods that share them."""
     train = suite.train.select(torch.arange(len(problem.train[0])))
-    models = Models(
-        Trainer(suite.recipe, suite.make, suite.task), {"train": train, "retain": problem.request.data("retain")}
-    )
+    how = getattr(theirs, "train", suite.recipe)
+    models = Models(Trainer(how, suite.make, suite.task), {"train": train, "retain": problem.request.data("retain")})
     jobs = [models.training("original", "train", seed), models.training("retrained", "retain", 1000 + seed)]
     shelf = Shelf(folder)
     made, _ = make_all(shelf, models, jobs, 1, None, "training")
@@ -227,7 +230,7 @@ def trained(suite: builtin.Suite, problem: Problem, seed: int, folder: Path) -> 
 def one_seed(theirs: Any, suite: builtin.Suite, seed: int, folder: Path) -> dict[str, Any]:
     """Both sides on one trained model."""
     problem = problem_of(theirs, suite, seed)
-    original, retrained = trained(suite, problem, seed, folder)
+    original, retrained = trained(theirs, suite, problem, seed, folder)
     found: dict[str, Any] = {
         "seed": seed,
         "original": scores_kept(original, problem, folder),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,7 +67,8 @@ def grouped(model: nn.Module, parameters: Mapping[str, Any], by: Kind) -> dict[s
     """
     if by == "matrix":
         return {name: [name] for name in parameters}
-    layers = {name: _layer(model, name) for name in parameters}
+    adapted = {name for name, module in model.named_modules() if "base_layer" in module._modules}
+    layers = {name: _layer(adapted, name) for name in parameters}
     owner = dict(zip(layers, layers.values() if by == "layer" else _blocks(model, list(layers.values())), strict=True))
     found: dict[str, list[str]] = {}
     for name, group in owner.items():
@@ -75,12 +76,12 @@ def grouped(model: nn.Module, parameters: Mapping[str, Any], by: Kind) -> dict[s
     return found
 
 
-def _layer(model: nn.Module, name: str) -> str:
+def _layer(adapted: Container[str], name: str) -> str:
     """The module that a parameter belongs to; of an adapter's, the layer that is adapted."""
     parts = name.split(".")[:-1]
     for depth in range(len(parts)):
         above = ".".join(parts[: depth + 1])
-        if "base_layer" in model.get_submodule(above)._modules:
+        if above in adapted:
             return above
     return ".".join(parts)
 

@@ -14,6 +14,7 @@ _WRAPPED = "the model that comes back is the caller's with a vector before it, i
 
 @method(
     paper="arXiv:2412.16780",
+    status="reproduced",
     tasks=("classification",),
     needs={"forget", "retain"},
     dose="steps",

@@ -17,6 +17,7 @@ from expunge.restriction import adam_first_step
 
 @method(
     paper="arXiv:2507.23257",
+    status="reproduced",
     needs={"forget", "retain"},
     dose="lr",
     cost={"forward": "n_forget + n_retain", "backward": "n_forget + n_retain"},
