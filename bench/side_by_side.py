@@ -148,9 +148,6 @@ class Counted:
         """Itself: the rows of a copy of the model count too."""
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
-        return self  # hooks of a copy of the model (a teacher) count here too
-
     def _seen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         self.rows["forward"] += len(first)
