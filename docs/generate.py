@@ -19,6 +19,8 @@ from typing import Any
 from expunge.bench.pages import drawing
 from expunge.bench.pages import page as bench_page
 from expunge.bench.runner import FORMAT
+from expunge.bench.suite_file import CONTROLS
+from expunge.bench.words import interval
 from expunge.catalogue import KINDS, catalogue, link, page, table
 from expunge.recommend import collected
 
@@ -27,6 +29,7 @@ RESULTS, BENCHMARKS = ROOT / "bench/results", ROOT / "docs/benchmarks"
 MEASURED = ROOT / "src/expunge/bench/measured.json"
 METHODS, REFERENCE, README = ROOT / "docs/methods", ROOT / "docs/reference", ROOT / "README.md"
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
+BENCH, BENCH_END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SIDE_BY_SIDE, REPRODUCTION = RESULTS / "side_by_side", ROOT / "docs/reproduction"
 NUMBERS, NUMBERS_END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 RESULT_NOTE = "<!-- Made by docs/generate.py from bench/results: run `expunge bench`, then `make docs`. -->\n\n"
@@ -163,11 +166,42 @@ def listing(kind: str, folder: str) -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its table of methods made again, where it has the two markers."""
-    if BEGIN not in text or END not in text:
-        return text
-    before, rest = text.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{listing('methods', 'docs/methods')}\n{END}{rest.split(END, 1)[1]}"
+    """The README with its tables made again, where it has their markers."""
+    for begin, end, made in (
+        (BEGIN, END, lambda: listing("methods", "docs/methods")),
+        (BENCH, BENCH_END, best),
+    ):
+        if begin in text and end in text:
+            before, rest = text.split(begin, 1)
+            text = f"{before}{begin}\n{made()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def best() -> str:
+    """A line per suite and request: do nothing, retraining, and the method nearest to retraining."""
+    rows = []
+    for found in results():
+        for request, lines in found["table"].items():
+            known = [line for line in lines if "average_gap" in line["scores"]]
+            controls = {line["row"]: line for line in known if line["row"] in CONTROLS}
+            methods = [line for line in known if line["row"] not in CONTROLS]
+            if methods and len(controls) == len(CONTROLS):
+                rows.append(
+                    [f"[{found['name']}](docs/benchmarks/{found['name']}.md)", request, *_best(controls, methods)]
+                )
+    head = ("suite", "request", "do nothing", "retrain", "nearest method", "its average gap", "gap left", "rows")
+    return table(head, rows)
+
+
+def _best(controls: dict[str, Any], methods: list[dict[str, Any]]) -> list[str]:
+    nearest = min(methods, key=lambda line: line["scores"]["average_gap"]["value"])
+    return [
+        *(f"{controls[name]['scores']['average_gap']['value']:.2f}" for name in CONTROLS),
+        nearest["row"],
+        interval(nearest["scores"]["average_gap"]),
+        f"{100 * nearest['left']:.0f} %",
+        f"{100 * nearest['cost']:.1f} %",
+    ]
 
 
 def left_over(found: dict[Path, str]) -> list[Path]:

@@ -72,3 +72,12 @@ def test_summary_has_a_row_for_every_method_and_both_controls(
     page = (tmp_path / "report.html").read_text()
     assert "<html" in page
     assert "https://" not in page.split("plotly", 1)[0]
+
+
+def test_the_suite_of_digits_has_the_settings_of_the_same_search() -> None:
+    tuned = json.loads(TUNED.read_text())
+    found = json.loads((TUNED.parents[1] / "suites/found/digits.json").read_text())
+    assert found["revision"] == tuned["revision"]
+    for name, kinds in tuned["methods"].items():
+        assert found["methods"][name]["class_3"]["settings"] == kinds["digit"][0]["settings"]
+        assert found["methods"][name]["memorised"]["settings"] == kinds["memorised"][0]["settings"]
