@@ -52,7 +52,7 @@ def fashion(folder: Path, count: int = 20) -> dict[str, np.ndarray]:
     for part in ("train", "t10k"):
         images = rng().integers(0, 256, (count, 28, 28), dtype=np.uint8)
         labels = np.arange(count, dtype=np.uint8) % 10
-        put(folder / f"{part}-images-idx3-ubyte.gz", gzip.compress(idx(images, mtime=0)))
+        put(folder / f"{part}-images-idx3-ubyte.gz", gzip.compress(idx(images), mtime=0))
         put(folder / f"{part}-labels-idx1-ubyte", idx(labels))
         written |= {f"{part}-images": images, f"{part}-labels": labels}
     return written
@@ -61,7 +61,7 @@ def fashion(folder: Path, count: int = 20) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("kind", list(formats.IDX_TYPES))
 def test_an_idx_array_comes_back_in_every_type(tmp_path: Path, kind: int) -> None:
     values = rng().integers(0, 100, (2, 3, 4))
-    for path, content in (("a", idx(values, kind)), ("a.gz", gzip.compress(idx(values, kind, mtime=0)))):
+    for path, content in (("a", idx(values, kind)), ("a.gz", gzip.compress(idx(values, kind), mtime=0))):
         found = formats.read_idx(put(tmp_path / path, content))
         assert found.tolist() == values.tolist()
         assert found.dtype == np.dtype(formats.IDX_TYPES[kind]).newbyteorder("=")
