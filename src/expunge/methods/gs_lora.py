@@ -13,6 +13,7 @@ _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
 
 
 @method(
+    status="reproduced",
     paper="arXiv:2403.11530",
     tasks=("classification", "regression", "causal_lm"),
     needs={"forget", "retain"},
