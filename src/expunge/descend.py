@@ -190,6 +190,7 @@ class _Run:
     def __init__(self, plan: Descend, case: Case, roles: Mapping[str, On], steps: int, key: Key):
         self.plan, self.case, self.roles, self.steps, self.key = plan, case, roles, steps, key
         self.scope = Guarded(case.scope, case.model)
+        self.named = dict(case.model.named_parameters())
         self.optimizer = plan.optimizer.build(self.scope.parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.state = plan.combine.init()
@@ -284,6 +285,7 @@ class _Run:
             step=self.step,
             progress=share,
             lr=self.optimizer.param_groups[0]["lr"],
+            named=self.named,
         )
 
     def _step(self) -> None:

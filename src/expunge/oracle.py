@@ -167,6 +167,8 @@ class Oracle:
         losses: role -> float, lazy.
         step, progress, lr: the step's number, the share of the run that is done (0 .. 1), the learning rate.
         report: what a combiner wants recorded of this step (norms, cosine, multiplier).
+
+    `named` are the model's parameters, from a caller that has them; walking over the modules for them takes its time.
     """
 
     def __init__(
@@ -180,10 +182,12 @@ class Oracle:
         progress: float = 0.0,
         lr: float = 0.0,
         shift: Grads | None = None,
+        named: Mapping[str, nn.Parameter] | None = None,
     ):
         self.case, self.roles, self.draws = case, roles, draws
         self.accumulate, self.step, self.progress, self.lr, self.shift = accumulate, step, progress, lr, shift
-        self.parameters = case.scope.parameters(case.model)
+        self._named = dict(case.model.named_parameters()) if named is None else named
+        self.parameters = case.scope.among(self._named)
         self.losses = Losses(self)
         self.report: dict[str, float] = {}
 
@@ -225,6 +229,7 @@ class Oracle:
             progress=self.progress,
             lr=self.lr,
             shift=shift,
+            named=self._named,
         )
 
     def evaluate(self, role: str) -> float:
@@ -365,7 +370,7 @@ class Oracle:
 
     @contextlib.contextmanager
     def _only(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        others = [p for name, p in self.case.model.named_parameters() if p.requires_grad and name not in parameters]
+        others = [p for name, p in self._named.items() if p.requires_grad and name not in parameters]
         for parameter in others:
             parameter.requires_grad_(False)
         try:
@@ -379,7 +384,7 @@ class Oracle:
         if self.shift is None:
             yield
             return
-        named = dict(self.case.model.named_parameters())  # a view's own parameters may be fewer than the shift's
+        named = self._named  # a view's own parameters may be fewer than the shift's
         kept = {name: named[name].detach().clone() for name in self.shift}
         try:
             with torch.no_grad():

@@ -106,7 +106,11 @@ class Scope:
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The model's parameters that have any coordinate in scope, by canonical name."""
-        found = {name: p for name, p in model.named_parameters() if name in self.masks}
+        return self.among(dict(model.named_parameters()))
+
+    def among(self, named: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those of a model's named parameters: a walk over its modules less, for who asks at every step."""
+        found = {name: p for name, p in named.items() if name in self.masks}
         missing = set(self.masks) - set(found)
         if missing:
             raise Refused(f"the scope names parameters that the model does not have: {', '.join(sorted(missing)[:3])}")

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "SoftMetric",
     "OnPerturbed",
     "EWC",
+    "GroupLasso",
     "L1",
     "Norm",
 }  # one row of class logits; floating inputs; and penalties, which read no data
