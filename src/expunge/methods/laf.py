@@ -28,6 +28,7 @@ _REPAIR = "(steps > 0) * repair * min(batch, ceil(labelled * n_retain))"
 
 @method(
     labels=False,
+    status="reproduced",
     paper="Shen et al., Label-Agnostic Forgetting, ICLR 2024",
     tasks=("classification",),
     needs={"forget", "retain", "teacher:original"},
