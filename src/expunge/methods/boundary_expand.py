@@ -15,6 +15,7 @@ _ROWS = "steps * min(batch, n_forget)"
 
 
 @method(
+    status="reproduced",
     paper="arXiv:2303.11570",
     tasks=("classification",),
     needs={"forget"},
