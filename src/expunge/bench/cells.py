@@ -155,7 +155,7 @@ class Audits(Models):
     """How a table is made of models that are there.
 
     Args:
-        shelf: where they are. store: what they say. audits: by the key of their job. test, suite_train: data.
+        shelf: where they are. store: what they say. audits: by the key of their job. test: unseen examples.
     """
 
     shelf: Shelf = Shelf(Path())
