@@ -326,6 +326,13 @@ def test_dm_direct_is_saved_loaded_copied_and_leaves_the_weights(name: str, tmp_
         load_linearised(found.make(3), tmp_path / "plain.safetensors")
 
 
+def test_a_prediction_of_a_prediction_is_refused() -> None:
+    found = tiny("classification")
+    once = ex.unlearn(found.model, found.request, task=found.task, method=methods.dm_direct()).model
+    with pytest.raises(Refused, match="already a prediction"):
+        ex.unlearn(once, found.request, task=found.task, method=methods.dm_direct())
+
+
 def test_matching_by_hand_one_step_and_the_request_comes_back() -> None:
     """Both data whole in one batch: Adam's first step on 0.3 and 0.7 of the two means."""
     model, request = small()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from expunge import linearised
 from expunge.attribution import TRAK, Attribution, Influence
-from expunge.core import Case, Stage
+from expunge.core import Case, Refused, Stage
 from expunge.registry import AtLeastOne, NonNegative, Positive, method
 
 KEPT = "the untouched weights and the step along which outputs are moved stay beside each other: no weight is changed"
@@ -66,6 +66,7 @@ def dm_direct(
         chunk: examples per pass, >= 1; the result does not depend on it, to rounding.
 
     Raises:
+        Refused: for a model that this method has given: the predictions of a prediction cost thrice as much each time.
         RunFailed: for a model with an operation that has no forward derivative.
     """
     how = Influence(damping, samples, iterations) if by == "influence" else TRAK(dimensions, damping, samples)
@@ -82,6 +83,11 @@ class _Direct:
         key, rng = case.rng.take()
         if self.scale == 0:
             return replace(case, rng=rng)
+        if any(isinstance(part, linearised.LinearisedModel) for part in case.model.modules()):
+            raise Refused(
+                "dm_direct cannot follow dm_direct: the model is already a prediction, which is not at an optimum of "
+                "anything; give the trained model, and all that is to be forgotten together"
+            )
         step = self.attribution.step(case, self.chunk, key)
         model = linearised.LinearisedModel(case.model, {name: self.scale * value for name, value in step.items()})
         return replace(case, model=model, scope=linearised.outer_scope(case.scope), rng=rng)
