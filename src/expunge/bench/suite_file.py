@@ -12,7 +12,7 @@ poison = {target = 0, count = 50}    # or mislabel = {classes = [3, 5], count = 
 class_3 = "y == 3"                   # a condition, or a list of ids
 tenth = {random = 0.1}               # drawn at random: a share, or a number of examples
 in_turn = {random = 100, turns = 10} # the same draw as {random = 100}, asked in ten requests, one after the other
-                                     # like = "tenth": with the settings of the request of that name
+                                     # like = "tenth": with the settings of the request of that name, here or in `settings`
 known = {memorised = 0.1}            # what models trained without it predict worst
 worst = {worst_case = 0.05}          # what fine-tuning erases least (``expunge.challenges.worst_case``)
 found = {identified = 0.5}           # that share of the bad examples of [manipulate]
@@ -120,13 +120,20 @@ class BenchSpec(Section):
         for name, request in spec.requests.items():
             if isinstance(request, Drawn) and request.rule[0] == "identified" and not spec.bad:
                 raise Refused(f"{path}: request {name!r} asks for identified bad examples, and [manipulate] makes none")
-            if isinstance(request, Drawn) and request.like is not None and request.like not in spec.requests:
-                near = did_you_mean(request.like, spec.requests)
+            named = request.like if isinstance(request, Drawn) else None
+            known = {*spec.requests, *(of for row in spec.methods.values() for of in row.get("on", {}))}
+            if named is not None and named not in known:
                 raise Refused(
-                    f"{path}: request {name!r} is to be like {request.like!r}{near}, which [requests] has not"
+                    f"{path}: request {name!r} is to be like {named!r}{did_you_mean(named, known)}, which neither [requests] "
+                    f"nor the settings file has"
                 )
         spec.stages()
         return spec
+
+    @property
+    def named(self) -> set[str]:
+        """The requests, and those that they are to be like."""
+        return {*self.requests, *(self.like(request) for request in self.requests)}
 
     def like(self, request: str) -> str:
         """The request whose settings this one has: itself, or the one that it is to be like."""
@@ -145,9 +152,7 @@ class BenchSpec(Section):
         rows = {}
         for row, given in self.methods.items():
             on = {
-                request: dict(one["settings"])
-                for request, one in found.get(row, {}).items()
-                if request in self.requests
+                request: dict(one["settings"]) for request, one in found.get(row, {}).items() if request in self.named
             }
             for request, own in given.get("on", {}).items():
                 on[request] = {**on.get(request, {}), **own}
@@ -172,10 +177,11 @@ class BenchSpec(Section):
                 raise Refused(f"[methods.{row}] has the name of a control: give it another name")
             own = dict(settings)
             name, on = own.pop("method", row), own.pop("on", {})
-            for request in (chosen := own.pop("requests", list(self.requests))) + list(on):
-                if request not in self.requests:
-                    near = did_you_mean(request, self.requests)
-                    raise Refused(f"[methods.{row}] names the request {request!r}{near}, which [requests] has not")
+            chosen = own.pop("requests", list(self.requests))
+            unknown = [name for name in chosen if name not in self.requests] + [n for n in on if n not in self.named]
+            for request in unknown[:1]:
+                near = did_you_mean(request, self.requests)
+                raise Refused(f"[methods.{row}] names the request {request!r}{near}, which [requests] has not")
             for request in chosen:
                 where = f"[methods.{row}]"
                 given = {**own, **on.get(self.like(request), {}), **on.get(request, {}), "name": name}
