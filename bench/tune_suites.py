@@ -129,7 +129,7 @@ def searched(search: _Search, rows: list[str], requests: list[str], floor: float
             continue
         problems = search.problems(name, request)
         for row, settings in search.spec.methods.items():
-            own = {key: value for key, value in settings.items() if key not in ("method", "on", "requests")}
+            own = {key: value for key, value in settings.items() if key not in ("method", "on", "requests", "space")}
             method = settings.get("method", row)
             if (rows and row not in rows) or name not in settings.get("requests", [name]):
                 continue
@@ -145,6 +145,7 @@ def searched(search: _Search, rows: list[str], requests: list[str], floor: float
                     problems=problems,
                     budget=search.budget(request),
                     floor=floor,
+                    space=settings.get("space"),
                     fixed=own,
                     out=search.folder / name / row,
                 )

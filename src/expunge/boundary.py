@@ -20,10 +20,11 @@ def nearest_wrong(
 
     One signed gradient step of length `bound` up the loss of the true class (FGSM), in eval mode; of the classes other
     than the true one, the class with the largest logit there. Where the step reached it, that is the prediction there.
+    A bound of 0 differentiates nothing: the runner-up at the example itself.
 
     Args:
-        data: examples with labels and floating inputs; every floating tensor of the input is moved.
-        bound: length of the step in every coordinate, in units of the input.
+        data: examples with labels and, for a step, floating inputs; every floating tensor of the input is moved.
+        bound: length of the step in every coordinate, in units of the input, >= 0.
         clip: the least and the largest value of an input, either of them None, or None.
         size: examples per pass; for memory only.
         key: of what the task draws.
@@ -32,17 +33,23 @@ def nearest_wrong(
         (int64 [n] classes, bool [n] whether the prediction was another than the true class).
 
     Raises:
-        Refused: for a task without class logits, or inputs that are not floating.
+        Refused: for a task without class logits, or a step along inputs that are not floating.
     """
     _check(case)
     classes, reached = [], []
     with differentiable(case), case.meter.watch(case.model):
         for batch in prepared(case, data, size, key):
-            logits = _attacked(case, batch, bound, clip)
+            logits = _attacked(case, batch, bound, clip) if bound > 0 else _standing(case, batch)
             label = _task(case).labels(batch)[:, None]
             classes.append(logits.scatter(1, label, -torch.inf).argmax(1).cpu())
             reached.append((logits.argmax(1) != label[:, 0]).cpu())
     return torch.cat(classes), torch.cat(reached)
+
+
+def _standing(case: Case, batch: Batch) -> Tensor:
+    """[b, C] logits at the inputs as they are."""
+    with torch.no_grad():
+        return _task(case).logits(case.model, batch)
 
 
 def _attacked(case: Case, batch: Batch, bound: float, clip: tuple[float | None, float | None] | None) -> Tensor:

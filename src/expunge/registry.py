@@ -328,6 +328,7 @@ _PARTS = {
             "preference",
             "confidence",
             "label_smoothing",
+            "runner_up",
             "deviation",
             "power_losses",
             "group_lasso",

@@ -76,6 +76,7 @@ ORDER: list[set[str]] = [
         "layers",
         "learnt_inputs",
         "label_smoothing",
+        "runner_up",
         "deviation",
         "power_losses",
         "confusion_objectives",

@@ -75,6 +75,7 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
 ONLY = {
     "Margin": ("classification",),
     "SmoothedLabel": ("classification",),
+    "RunnerUp": ("classification",),
     "SoftMetric": ("classification",),
     "OnPerturbed": ("classification", "regression"),
     **dict.fromkeys(("TargetError", "FollowTeacher"), ("regression",)),

@@ -7,6 +7,8 @@ on the network below, in float64: ten steps of SGD over all twelve images, its a
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ import expunge as ex
 from expunge import boundary, methods
 from expunge.boundary import nearest_wrong
 from expunge.core import Case, Key, Refused
+from expunge.runner_up import RunnerUp
 from expunge.scope import Scope
 from expunge.wrap import LoRA, in_adapter
 from tests.golden.by_hand import ALL, furthest, whole
@@ -92,6 +95,54 @@ def test_a_step_of_length_zero_teaches_the_runner_up_of_the_example_itself() -> 
         runner = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)
     case = Case(model, request, ex.Classification(3), Scope.all(model))
     assert torch.equal(nearest_wrong(case, request.data("forget"), 0.0, None, 64, Key(0))[0], runner)
+
+
+def test_with_retain_data_by_hand_and_a_search_of_length_zero_differentiates_nothing() -> None:
+    """Three steps of Adam, its rate along half a cosine, on the runner-up's loss plus 3 times that of the retain data."""
+    model, request = small()
+    (x, y), (kept, right) = whole(request.data("forget")), whole(request.data("retain"))
+    with torch.no_grad():
+        runner = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)
+    expected = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(expected.parameters(), 0.01)
+    for share in (1.0, 0.75, 0.25):
+        optimizer.param_groups[0]["lr"] = 0.01 * share
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(expected(x), runner)
+        (loss + 3 * nn.functional.cross_entropy(expected(kept), right)).backward()
+        optimizer.step()
+    settings = {"bound": 0.0, "retain_weight": 3.0, "optimizer": "adam", "schedule": "cosine", "lr": 0.01}
+    stage = methods.boundary_shrink(**settings, steps=3, batch=ALL)  # type: ignore[arg-type]
+    done = ex.unlearn(model, request, task=ex.Classification(3), method=stage)
+    assert furthest(done.model, expected) < 1e-12
+    assert done.record["cost"]["backward"] == 3 * (len(x) + len(kept))
+    assert done.record["cost"]["forward"] == 3 * (len(x) + len(kept)) + len(x)
+
+
+def test_retain_data_that_are_asked_for_and_not_there_are_refused() -> None:
+    model, request = small()
+    alone = ex.Request(forget=request.forget)
+    with pytest.raises(Refused, match="no data called 'retain'"):
+        ex.unlearn(model, alone, task=ex.Classification(3), method=methods.boundary_shrink(retain_weight=1.0))
+
+
+def test_the_objective_of_the_runner_up_is_the_loss_of_that_label_kept_or_asked_anew() -> None:
+    model, request = small()
+    x, y = whole(request.data("forget"))
+    with torch.no_grad():
+        logits = model(x)
+        runner = logits.scatter(1, y[:, None], -torch.inf).argmax(1)
+    case = Case(copy.deepcopy(model), request, ex.Classification(3), Scope.all(model), {"original": model})
+    with torch.no_grad():
+        for p in case.model.parameters():
+            p.mul_(-0.5)  # the runner-up is the teacher's, not the model's own
+        wanted = nn.functional.cross_entropy(case.model(x), runner, reduction="none")
+    objective = RunnerUp()
+    for batch in ({"id": torch.arange(len(x)), "x": x, "y": y}, {"x": x, "y": y, "told/original": logits}):
+        drawn = objective.draw(case, batch, Key(0))
+        assert torch.equal(drawn["y"], runner)
+        torch.testing.assert_close(objective(case, drawn).detach(), wanted, rtol=0, atol=1e-12)
+    assert bool((runner != y).all())
 
 
 def test_clipping_holds_the_search_inside_the_range() -> None:

@@ -24,6 +24,7 @@ on.known = {lr = 0.05}               # settings for one request
 method = "finetune"
 steps = 400
 requests = ["class_3"]               # a row for some of the requests
+space = {lr = [0.01, 0.1]}           # what a search of its settings may vary; the bench itself does not read it
 """
 
 from __future__ import annotations
@@ -177,6 +178,7 @@ class BenchSpec(Section):
                 raise Refused(f"[methods.{row}] has the name of a control: give it another name")
             own = dict(settings)
             name, on = own.pop("method", row), own.pop("on", {})
+            own.pop("space", None)  # for the search alone
             chosen = own.pop("requests", list(self.requests))
             unknown = [name for name in chosen if name not in self.requests] + [n for n in on if n not in self.named]
             for request in unknown[:1]:
