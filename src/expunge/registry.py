@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from expunge.core import Case, MissingExtra, Refused, Request, Stage
+from expunge.core import Case, MissingExtra, Objective, Refused, Request, Stage
 
 FIRST = torch.zeros(1, dtype=torch.int64)  # the place of an example to look at
 FEW, NEAREST = 20, 8  # names that a sentence can hold, and how many of more it gives
@@ -142,7 +142,10 @@ def method(
     status: str = "implemented",
     labels: bool = True,
 ) -> Callable[[Callable[..., Stage]], Callable[..., Stage]]:
-    """Register a function of keyword-only settings that returns a Stage; its settings are checked at each call."""
+    """Register a function of keyword-only settings that returns a Stage; its settings are checked at each call.
+
+    A setting that is an Objective may be given by the name of one, which then has its defaults.
+    """
 
     def register(build: Callable[..., Stage]) -> Callable[..., Stage]:
         hints = typing.get_type_hints(build, include_extras=True)
@@ -157,6 +160,9 @@ def method(
                         f"{', '.join(signature.parameters)}"
                     )
             bound = {n: p.default for n, p in signature.parameters.items()} | settings
+            for name, value in settings.items():
+                if hints.get(name) is Objective and isinstance(value, str):
+                    bound[name] = _objective(build.__name__, name, value)
             for name, value in bound.items():
                 check_setting(build.__name__, name, value, hints.get(name))
             stage = build(**bound)
@@ -221,6 +227,17 @@ def check_needs(bound: Bound, request: Request, teachers: Mapping[str, Any], pro
                 f"is, and how it is made, stands in 'expunge explain {bound.name}'"
             )
         raise Refused(f"method {bound.name} needs {need} data and the request has none")
+
+
+def _objective(owner: str, setting: str, name: str) -> Objective:
+    """The objective of that name with its defaults, for a run file, which can name one but not build it."""
+    kind = find("objective", name, parts("objectives"))
+    try:
+        return kind()
+    except TypeError as error:
+        raise Refused(
+            f"{owner}: {setting} = {name!r} cannot be made by its name alone, as {error}; build it in Python"
+        ) from error
 
 
 def check_setting(owner: str, name: str, value: Any, hint: Any) -> None:
