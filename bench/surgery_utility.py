@@ -2,9 +2,10 @@
 
     EXPUNGE_DATA=... python bench/surgery_utility.py
 
-Random labels as the forgetting loss, on the originals of the fashion_mnist suite: plainly weighted (random_label), by
-one-sided projection (surgery) and implicitly (eupmu), each with the settings that its search found (bench/suites/found). Each
-is stopped at several numbers of steps. Retain and test accuracy are read off, by linear interpolation along those, where
+One forgetting loss on the originals of the fashion_mnist suite: plainly weighted, by one-sided projection (surgery) and
+implicitly (eupmu), each with the settings that its search found (bench/suites/found). For the class the loss is that of a
+random label (random_label), for the memorised records that of the runner-up (boundary_shrink_retain), all three by Adam along a
+cosine. Each is run for several numbers of steps. Retain and test accuracy are read off, by linear interpolation along those, where
 the forget accuracy is that of models retrained without the records (at the nearest point of a path that does not reach it).
 Differences are paired by original, with Student's interval over them. Writes ``bench/results/surgery_utility.json``.
 """
@@ -29,12 +30,17 @@ from expunge.bench.runner import Run
 from expunge.bench.suite_file import BenchSpec
 from expunge.core import Data, Request
 from expunge.journal import write_bytes
-from expunge.registry import methods
+from expunge.registry import Bound, methods
 from expunge.version import revision
 
 HERE = Path(__file__).parent
 SUITE, RESULT = HERE / "suites/fashion_mnist.toml", HERE / "results/surgery_utility.json"
-PLAIN, WITH = "random_label", ("surgery", "eupmu")
+WITH = ("surgery", "eupmu")
+ROWS = {
+    "coats": {"plain": "random_label", "surgery": "surgery", "eupmu": "eupmu"},
+    "memorised": {"plain": "boundary_shrink_retain", "surgery": "surgery_runner_up", "eupmu": "eupmu_runner_up"},
+}
+"""request -> which row of the suite is without surgery, and which are with it."""
 SHARES = (0.15, 0.3, 0.5, 0.7, 1.0, 1.3)  # of the steps that the search found
 
 
@@ -45,15 +51,16 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * right / len(data)
 
 
-def path_of(name: str, settings: dict[str, Any], model: nn.Module, request: Request, run: Run) -> list[list[float]]:
+def path_of(stage: Bound, model: nn.Module, request: Request, run: Run) -> list[list[float]]:
     """[points, 3] forget, retain and test accuracy, from doing nothing to the longest run."""
     test, task = run.material.suite.test, run.material.suite.task
     parts = (request.data("forget"), request.data("retain"), test)
+    settings = dict(stage.settings)
     steps = sorted({max(1, round(share * settings["steps"])) for share in SHARES})
     found = [[accuracy(model, part) for part in parts]]
     for count in steps:
-        stage = methods()[name].build(**{**settings, "steps": count})
-        made = ex.unlearn(model, request, task=task, method=stage).model
+        shorter = methods()[stage.name].build(**{**settings, "steps": count})
+        made = ex.unlearn(model, request, task=task, method=shorter).model
         found.append([accuracy(made, part) for part in parts])
     return found
 
@@ -69,20 +76,24 @@ def at(path: list[list[float]], forget: float) -> tuple[float, float, float]:
 
 
 def measured(
-    run: Run, request: str, target: float, settings: dict[str, Any], originals: list[nn.Module]
+    run: Run, request: str, target: float, stages: dict[str, Bound], originals: list[nn.Module]
 ) -> dict[str, Any]:
     """Of one request: paths, and the differences at equal forgetting."""
     asked = union(run.models.asked[request], run.train)
-    paths = {name: [path_of(name, settings[name], one, asked, run) for one in originals] for name in (PLAIN, *WITH)}
+    paths = {name: [path_of(stage, one, asked, run) for one in originals] for name, stage in stages.items()}
     where = {name: np.array([at(path, target) for path in some]) for name, some in paths.items()}
-    found: dict[str, Any] = {"forget_accuracy_of_retrained": target, "settings": settings, "paths": paths}
+    settings = {name: {n: _plain(value) for n, value in stage.settings} for name, stage in stages.items()}
+    rows = {
+        name: {"row": ROWS[request][name], "method": stage.name, **settings[name]} for name, stage in stages.items()
+    }
+    found: dict[str, Any] = {"forget_accuracy_of_retrained": target, "settings": rows, "paths": paths}
     for name in WITH:
         lines = {}
         for column, part in enumerate(("forget", "retain", "test")):
-            values = (where[name] - where[PLAIN])[:, column]
+            values = (where[name] - where["plain"])[:, column]
             low, high = intervals.t_interval(values.tolist())
             lines[part] = {
-                "plain": float(where[PLAIN][:, column].mean()),
+                "plain": float(where["plain"][:, column].mean()),
                 "with": float(where[name][:, column].mean()),
                 "difference": float(values.mean()),
                 "low": low,
@@ -92,10 +103,15 @@ def measured(
     return found
 
 
+def _plain(value: Any) -> Any:
+    """JSON-able: an objective by how it prints."""
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
 def main() -> int:
     """Measure and write; 1 where surgery and eupmu both keep less, by the whole interval."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", nargs="*", default=["coats", "memorised"], help="the others are kept as they are")
+    parser.add_argument("--requests", nargs="*", default=list(ROWS), help="the others are kept as they are")
     chosen = parser.parse_args().requests
     torch.set_num_threads(1)
     run = Run(SUITE.stem, BenchSpec.read(SUITE), (Path("out/bench") / SUITE.stem).absolute(), 1, None)
@@ -106,9 +122,9 @@ def main() -> int:
         asked = union(run.models.asked[request], run.train)
         references = [run.models.read(run.shelf.check(made)) for made in retrained[request]]
         target = float(np.mean([accuracy(one, asked.data("forget")) for one in references]))
-        settings = {name: dict(run.spec.stages()[request, name].settings) for name in (PLAIN, *WITH)}
-        settings = {name: {k: v for k, v in own.items() if k != "forget"} for name, own in settings.items()}
-        found[request] = measured(run, request, target, settings, models)
+        stages: Any = run.spec.stages()
+        chosen_stages = {name: stages[request, row] for name, row in ROWS[request].items()}
+        found[request] = measured(run, request, target, chosen_stages, models)
         for name in WITH:
             print(
                 request,

@@ -12,7 +12,7 @@ from expunge.combine import Weighted
 from expunge.core import Case, Refused, Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL
-from expunge.optim import Constant, Cosine, by_name
+from expunge.optim import by_name, schedule_by_name
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, method
 
 _ROWS = "steps * (min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
@@ -92,7 +92,7 @@ def boundary_shrink(
         retain=NLL() if kept else None,
         combine=Weighted({"retain": retain_weight} if kept else {}),
         optimizer=by_name(optimizer, lr, momentum, 0.0),
-        schedule=Cosine() if schedule == "cosine" else Constant(),
+        schedule=schedule_by_name(schedule),
         steps=steps,
         batch=batch,
         norm_stats=norm_stats,

@@ -9,7 +9,7 @@ from expunge.core import Combiner, Objective, Stage
 from expunge.descend import Descend, Guard
 from expunge.implicit import FastImplicitSurgery, ImplicitSurgery
 from expunge.objectives import NLL, RandomLabel
-from expunge.optim import SGD
+from expunge.optim import by_name, schedule_by_name
 from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, method
 
 _FORGET, _RETAIN = "min(batch, n_forget)", "min(batch, n_retain)"
@@ -46,6 +46,8 @@ def eupmu(
     floor: Finite = 0.0,
     max_multiplier: Positive = 100.0,
     max_norm: Positive = 1.0,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    schedule: Literal["constant", "cosine"] = "constant",
     lr: Positive = 0.05,
     momentum: NonNegative = 0.0,
     weight_decay: NonNegative = 0.0,
@@ -73,9 +75,11 @@ def eupmu(
             other losses that cannot be negative, -1 / (e beta) for WGA; gradient ascent has none.
         max_multiplier: bound on w, > 0 ("implicit" and "fast"; in "paper" on its use).
         max_norm: of the combined gradient, > 0.
-        lr: learning rate of SGD, > 0.
-        momentum: of SGD, >= 0.
-        weight_decay: of SGD, >= 0.
+        optimizer: "sgd", or "adam", whose steps are not in proportion to the rate that the variant "paper" divides by.
+        schedule: the learning rate is "constant", or falls along half a "cosine" to 0.
+        lr: learning rate, > 0.
+        momentum: of "sgd", >= 0; "adam" does not read it.
+        weight_decay: >= 0.
         steps: optimizer steps, >= 0; 0 changes nothing.
         batch: examples of each kind per step, >= 1.
     """
@@ -91,12 +95,12 @@ def eupmu(
             floor,
             max_multiplier=max_multiplier,
         )
-    sgd = SGD(lr, momentum, weight_decay)
     return Descend(
         forget=forget,
         retain=NLL(),
         combine=Clip(inner, max_norm),
-        optimizer=sgd,
+        optimizer=by_name(optimizer, lr, momentum, weight_decay),
+        schedule=schedule_by_name(schedule),
         steps=steps,
         batch=batch,
         guard=Guard(),

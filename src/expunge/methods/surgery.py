@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from expunge.combine import OneSidedProjection
 from expunge.compose import Clip
 from expunge.core import Objective, Stage
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, RandomLabel
-from expunge.optim import SGD
+from expunge.optim import by_name, schedule_by_name
 from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, method
 
 _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
@@ -33,6 +35,8 @@ def surgery(
     tolerance: Finite = -1.0,
     max_multiplier: Positive = 100.0,
     max_norm: Positive = 1.0,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    schedule: Literal["constant", "cosine"] = "constant",
     lr: Positive = 0.05,
     momentum: NonNegative = 0.0,
     weight_decay: NonNegative = 0.0,
@@ -52,9 +56,11 @@ def surgery(
         tolerance: rate at which the retain loss may rise, per unit step; negative demands a fall.
         max_multiplier: bound on the multiplier of g_r, > 0: near a trained optimum g_r is noise.
         max_norm: of the combined update, > 0.
-        lr: learning rate of SGD, > 0.
-        momentum: of SGD, >= 0; above 0 the promise is a tendency.
-        weight_decay: of SGD, >= 0; outside the promise.
+        optimizer: "sgd", or "adam", whose step is not along d: the promise is then a tendency.
+        schedule: the learning rate is "constant", or falls along half a "cosine" to 0.
+        lr: learning rate, > 0.
+        momentum: of "sgd", >= 0; above 0 the promise is a tendency; "adam" does not read it.
+        weight_decay: >= 0; outside the promise.
         steps: optimizer steps, >= 0; 0 changes nothing.
         batch: examples of each kind per step, >= 1.
     """
@@ -63,7 +69,8 @@ def surgery(
         forget=forget,
         retain=NLL(),
         combine=combine,
-        optimizer=SGD(lr, momentum, weight_decay),
+        optimizer=by_name(optimizer, lr, momentum, weight_decay),
+        schedule=schedule_by_name(schedule),
         steps=steps,
         batch=batch,
         guard=Guard(),
