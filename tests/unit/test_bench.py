@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import expunge
-from expunge.bench import BenchSpec, bench, pages, requests, words
+from expunge.bench import BenchSpec, bench, pages, requests, turns, words
 from expunge.bench.requests import Material
 from expunge.bench.table import table
 from expunge.cli import main
@@ -279,3 +279,23 @@ def test_a_request_leaves_something_to_keep() -> None:
         requests.number(1000, 100)
     with pytest.raises(Refused, match="turns"):
         requests.in_turn(builtin.breast_cancer().train, torch.arange(3), 4)
+
+
+def test_a_sequence_stands_beside_its_union_with_the_verdicts_of_each_run() -> None:
+    def run(request: str, train: int, verdict: str, gap: float) -> dict[str, Any]:
+        row = {"verdict": verdict, "average_gap": [gap, gap, gap]}
+        return {"request": request, "train": train, "unlearn": 0, "audit": 0, "rows": {"finetune": row}}
+
+    runs = [run("whole", 0, "forgotten", 2.0), run("whole", 1, "not forgotten", 3.0)]
+    runs += [run("parts", 0, "forgotten", 1.0), run("parts", 1, "forgotten", 1.0)]
+    asked = {
+        "whole": {"turns": 1, "hash": "a"},
+        "parts": {"turns": 10, "hash": "a"},
+        "other": {"turns": 5, "hash": "b"},
+    }
+    found = {"requests": asked, "runs": runs, "table": {"whole": [{"row": "original"}, {"row": "finetune"}]}}
+    assert turns.pairs(found) == [("whole", "parts")]
+    said = ["finetune", "1 x forgotten, 1 x not forgotten", "2 x forgotten", "1 of 2"]
+    (line,) = turns.beside(found, "whole", "parts")
+    assert line[:4] == said
+    assert line[4].startswith("-1.50 (")

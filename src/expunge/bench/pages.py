@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.audit.drawing import GREY, PALETTE
+from expunge.bench import turns
 from expunge.bench.words import CONTROL, HEAD, cells, failures
 from expunge.journal import write_bytes
 
@@ -38,11 +39,18 @@ def page(found: Mapping[str, Any], figure: str) -> str:
     ]
     for request, lines in found["table"].items():
         about = found["requests"][request]
-        turns = f" in {about['turns']} requests, one after the other" if about["turns"] > 1 else ""
-        parts.append(f"## {request}\n\n{sum(about['forget']):,} records to forget{turns}, {about['retain']:,} to keep.")
+        often = f" in {about['turns']} requests, one after the other" if about["turns"] > 1 else ""
+        parts.append(f"## {request}\n\n{sum(about['forget']):,} records to forget{often}, {about['retain']:,} to keep.")
         time = found["time"].get(request, {})
         table = [[*cells(line), _seconds(time.get(line["row"]))] for line in lines]
         parts.append(_markdown([*HEAD[1:], "time"], table))
+    for one, many in turns.pairs(found):
+        parts.append(
+            f"## {many} beside {one}\n\nThe same records in {found['requests'][many]['turns']} requests and in one. *The same*: "
+            f"runs whose verdict is the same both ways; where it is not, the method does not take requests one by one with "
+            f"the settings that it has for one. A gap that turns make smaller is below 0."
+        )
+        parts.append(_markdown(turns.HEAD, turns.beside(found, one, many)))
     refused = failures(found)
     if refused:
         parts.append("## Refused\n\n" + "\n".join(f"- {line}" for line in refused))
