@@ -15,6 +15,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, me
     paper="arXiv:1911.04933",
     needs={"retain"},
     dose="steps",
+    status="reproduced",
     cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
     departures={
         "norm_stats": "frozen by default; the published image runs train with live batch statistics",

@@ -16,6 +16,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, me
     paper="arXiv:2304.04934",
     needs={"retain"},
     dose="steps",
+    status="reproduced",
     cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
     departures={
         "decay": "the l1 weight falls at every step by default; authors' code lowers it once per epoch, which is levels=",

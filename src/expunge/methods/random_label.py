@@ -20,6 +20,7 @@ RETAIN = f"(retain_weight > 0) * (steps if turns == 'together' else steps - {FOR
     paper="arXiv:2010.10981",
     needs={"forget", "retain"},
     dose="steps",
+    status="reproduced",
     cost={"forward": f"(1 + relabel) * {FORGET} + {RETAIN}", "backward": f"{FORGET} + {RETAIN}"},
     departures={
         "labels": "never the true one by default, as in Amnesiac; the code of SalUn and EUPMU draws over all classes, "

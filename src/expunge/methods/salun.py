@@ -21,6 +21,7 @@ RETAIN = f"(retain_weight > 0) * (steps if turns == 'together' else steps - {FOR
     paper="arXiv:2310.12508",
     needs={"forget", "retain"},
     dose="steps",
+    status="reproduced",
     cost={
         "forward": f"(keep < 1) * n_forget + (1 + relabel) * {FORGET} + {RETAIN}",
         "backward": f"(keep < 1) * n_forget + {FORGET} + {RETAIN}",
