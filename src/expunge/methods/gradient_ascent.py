@@ -15,6 +15,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, me
     paper="arXiv:2109.13398",
     needs={"forget"},
     dose="steps",
+    status="reproduced",
     cost={"forward": "steps * min(batch, n_forget)", "backward": "steps * min(batch, n_forget)"},
     departures={
         "optimizer": "Adam without weight decay by default; the published runs are optimizer='sgd' with momentum and "
