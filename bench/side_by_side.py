@@ -131,8 +131,8 @@ def since(start: tuple[float, float]) -> dict[str, float]:
 
 
 def warm(model: nn.Module, problem: Problem) -> None:
-    """What only a first call costs (imports, the library's own caches) belongs to neither side."""
-    stage = methods()["finetune"].build(steps=2)
+    """What only a first second of work costs (imports, caches, memory from the system) belongs to neither side."""
+    stage = methods()["finetune"].build(steps=20, batch=256)
     ex.unlearn(model, problem.request, task=problem.task, method=stage, seed=0)
 
 
@@ -321,7 +321,7 @@ def main() -> None:
     rows = [one_seed(theirs, suite, seed, given.models) for seed in range(given.seeds)]
     name = getattr(theirs, "NAME", theirs.METHOD)
     found = summary(theirs, name, suite, rows)
-    write_bytes(given.out / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_bytes(given.out / f"{name}.json", (json.dumps(found, indent=1, default=repr) + "\n").encode())
     for score, line in found["scores"].items():
         print(
             f"{score:16s} ours {line['ours']:7.2f} theirs {line['theirs']:7.2f} difference {line['difference']:+.2f} "

@@ -73,6 +73,25 @@ class RandomLabel:
         return case.task.units(batch)
 
 
+@dataclass(frozen=True)
+class AnyLabel:
+    """NLL of a class drawn over all of them, redrawn at every step: one draw in C is the true one.
+
+    What authors' code of random labelling does for pictures (SalUn, EUPMU); the formulas draw as ``RandomLabel`` does.
+    """
+
+    def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
+        """The batch with drawn labels."""
+        task: Any = case.task  # these are capabilities, which not every Task has
+        if not (hasattr(task, "classes") and hasattr(task, "logits")):
+            raise Refused(f"objective AnyLabel needs classes to answer with, which task {task.name!r} does not have")
+        shape, device = batch[task.label].shape, batch[task.label].device
+        return {**batch, task.label: torch.randint(0, task.classes, shape, generator=rng.generator()).to(device)}
+
+    def __call__(self, case: Case, batch: Batch) -> Tensor:
+        return case.task.nll(case.model, batch)
+
+
 def with_reference(case: Case, batch: Batch, teacher: str) -> Batch:
     """The batch with the teacher's summed NLL as column ``reference``, unless the data already carries it."""
     if "reference" in batch:

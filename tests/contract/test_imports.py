@@ -97,7 +97,7 @@ ORDER: list[set[str]] = [
     {"projection", "detector", "gated_layers"},
     {"gate"},
     {"descend", "turns"},
-    {"likeness", "afresh", "anchor", "forget_vectors"},
+    {"passes", "likeness", "afresh", "anchor", "forget_vectors"},
     {"prototypes"},
     {"sparse_adapter"},
     {"retain_choice", "class_choice", "concept_bank"},

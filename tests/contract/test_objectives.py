@@ -73,6 +73,7 @@ def drawn(case: Case, objective: Objective, key: Key = Key(1)) -> Batch:
 
 
 ONLY = {
+    "AnyLabel": ("classification",),
     "Margin": ("classification",),
     "SmoothedLabel": ("classification",),
     "RunnerUp": ("classification",),

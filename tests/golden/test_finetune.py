@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import expunge as ex
 from expunge.methods.finetune import finetune
-from tests.golden.by_hand import ALL, furthest, whole
+from tests.golden.by_hand import ALL, furthest, normalised, whole
 from tests.golden.forgetting import small
 
 
@@ -41,3 +41,19 @@ def test_forget_examples_are_never_read() -> None:
     ex.unlearn(model, request, task=ex.Classification(3, call=call), method=finetune(steps=4, batch=7))
     assert len(seen) == 28
     assert not set(seen) & set(request.forget.ids.tolist())
+
+
+def test_norm_stats_move_only_where_asked() -> None:
+    model, request = normalised()
+    before = dict(model.named_buffers())
+    for mode, same in (("frozen", True), ("live", False)):
+        method = finetune(norm_stats=mode, steps=3)
+        after = dict(ex.unlearn(model, request, task=ex.Classification(3), method=method).model.named_buffers())
+        assert torch.equal(after["1.running_mean"], before["1.running_mean"]) is same
+
+
+@pytest.mark.parametrize(("rise", "checks"), [(0.25, True), (None, False)])
+def test_without_a_rise_nothing_watches(rise: float | None, checks: bool) -> None:
+    model, request = small()
+    done = ex.unlearn(model, request, task=ex.Classification(3), method=finetune(steps=4, lr=1e-4, rise=rise))
+    assert (done.record["cost"]["checks"] > 0) is checks

@@ -177,3 +177,24 @@ def test_another_objective_is_one_argument() -> None:
     masks = narrowed(model, request, keep=0.5)
     for name, p in model.named_parameters():
         assert not bool(((done.model.get_parameter(name) != p) & ~masks[name]).any())
+
+
+def test_golden_passes_with_sgd() -> None:
+    """As the authors' loop runs: masked SGD over the forget data, then the retain data; masked weights do not decay."""
+    model, request = two_classes()
+    (xf, yf), (xr, yr) = whole(request.forget), whole(request.retain)
+    scores = {n: g.abs() for n, g in gradients(model, F.cross_entropy(model(xf), yf, reduction="sum")).items()}
+    masks, net, held = ranked(scores, 0.4), copy.deepcopy(model), {}
+    for _ in range(2):
+        for x, y in ((xf, 1 - yf), (xr, yr)):
+            for name, grad in gradients(net, F.cross_entropy(net(x), y)).items():
+                weight = net.get_parameter(name)
+                grad = grad + 0.01 * weight.detach()
+                held[name] = grad if name not in held else 0.9 * held[name] + grad
+                with torch.no_grad():
+                    weight.sub_(0.05 * torch.where(masks[name], held[name], torch.zeros_like(grad)))
+    sgd = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    method = salun(keep=0.4, turns="passes", retain_weight=1.0, steps=4, batch=ALL, rise=None, **sgd)
+    done = ex.unlearn(model, request, task=ex.Classification(2), method=method)
+    assert furthest(done.model, model) > 5e-3
+    assert furthest(done.model, net) < 1e-12

@@ -589,3 +589,13 @@ def test_the_odd_model_is_odd_and_fixtures_are_fresh() -> None:
     assert dataclasses.is_dataclass(found.train)
     assert isinstance(llama(), nn.Module)
     assert isinstance(found.task, Classification)
+
+
+def test_inputs_that_are_not_finite_are_found_and_large_ones_are_none() -> None:
+    """The quick look is at a sum, which overflows where inputs are large, and where two infinities cancel is no number."""
+    task, labels = Classification(2), torch.tensor([0, 1, 0])
+    task.check(as_data((torch.full((3, 4), 3e38), labels)), "forget")
+    for bad in ([math.inf, -math.inf], [math.nan, 1.0], [math.inf, 1.0]):
+        rows = torch.tensor([[1.0, 2.0], bad, [0.0, 0.0]])
+        with pytest.raises(Refused, match="first at id 1 \\(1 examples\\)"):
+            task.check(as_data((rows, labels)), "forget")

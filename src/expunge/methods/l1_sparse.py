@@ -16,12 +16,14 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, me
     paper="arXiv:2304.04934",
     needs={"retain"},
     dose="steps",
+    status="reproduced",
     cost={"forward": "steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
     departures={
         "decay": "the l1 weight falls at every step by default; authors' code lowers it once per epoch, which is levels=",
         "optimizer": "Adam without weight decay by default, which shrinks a weight that the retain loss does not hold at a "
         "rate of its own size; the paper uses SGD with momentum and weight decay, which is optimizer='sgd'",
         "norm_stats": "frozen by default; the published runs train with live batch statistics",
+        "guard": "stopped when the retain loss leaves its bound; the authors have no guard, which is rise=None",
     },
 )
 def l1_sparse(
@@ -37,6 +39,7 @@ def l1_sparse(
     steps: Count = 75,
     batch: AtLeastOne = 64,
     norm_stats: Literal["frozen", "live"] = "frozen",
+    rise: Annotated[float | None, Range(0, 1)] = 0.25,
 ) -> Stage:
     """Minimise the loss on the retain data plus an l1 norm of all weights whose weight falls linearly to 0.
 
@@ -58,9 +61,10 @@ def l1_sparse(
         steps: optimizer steps, >= 0; 0 changes nothing.
         batch: retain examples per step, >= 1.
         norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout.
+        rise: how far the retain loss may rise, as a share of the way to chance, in [0, 1]; None: no guard looks.
 
     The published setting, CIFAR-10 and ResNet-18, 10 epochs of 176 batches: optimizer="sgd", lr 0.01, momentum 0.9, weight
-    decay 5e-4, batch 256, steps 1760, levels 10, alpha 1e-4, live statistics; it has no guard.
+    decay 5e-4, batch 256, steps 1760, levels 10, alpha 1e-4, live statistics.
     """
     weights = {"sparsity": Decay(alpha, schedule, 1.0 - without, levels)}
     return Descend(
@@ -71,5 +75,5 @@ def l1_sparse(
         batch=batch,
         optimizer=by_name(optimizer, lr, momentum, weight_decay),
         norm_stats=norm_stats,
-        guard=Guard(),
+        guard=None if rise is None else Guard(rise),
     )
