@@ -119,7 +119,7 @@ def overview(runs: list[dict[str, Any]]) -> str:
     head = (
         "run",
         "authors' code",
-        "ours less theirs: forget, retain, test accuracy, membership, %",
+        "ours less theirs: forget, retain, test accuracy (or error), membership, %",
         "within",
         "time ratio",
     )
