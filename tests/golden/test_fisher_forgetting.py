@@ -94,6 +94,25 @@ def test_only_the_row_of_a_wholly_forgotten_class_is_drawn_anew() -> None:
     assert float((done.model[2].weight - model[2].weight).detach().abs().max()) < 1e-9
 
 
+def test_the_last_layer_may_be_treated_as_in_the_released_code() -> None:
+    """v at most 100 there, times 10, biases too, and the new rows' variance times 10; the same draws otherwise."""
+    model, request = digits(8)
+    fisher = expected_fisher(Case(model, request, ex.Classification(10), Scope.all(model)), request.data("retain"))
+    done = []
+    for changes in ({}, {"head": 10.0, "head_cap": 100.0}):
+        stage = methods.fisher_forgetting(alpha=1e-6, rise=1.0, **changes)
+        done.append(ex.unlearn(model, request, task=ex.Classification(10), method=stage).model.state_dict())
+    start, kept = model.state_dict(), torch.arange(10) != 8
+    torch.testing.assert_close(done[0]["0.weight"], done[1]["0.weight"], rtol=0, atol=0)
+    for name, plain in (("2.weight", 1.0), ("2.bias", 10.0)):
+        was = variance(fisher[name], 1e3, True, 1.0) * plain
+        now = (1.0 / (fisher[name] + 1e-8)).clamp(max=1e3).clamp(max=1e2) * 10
+        now = now.mean(1, keepdim=True).expand_as(now) if now.ndim > 1 else now
+        moved = [one[name] - start[name] for one in done]
+        torch.testing.assert_close(moved[1][kept], (moved[0] * (now / was).sqrt())[kept], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(done[1][name][8], done[0][name][8] * 10**0.5, rtol=1e-5, atol=1e-7)
+
+
 def test_a_model_without_rows_of_classes_is_told_so_and_can_do_without() -> None:
     model, request = digits(8)
     net = nn.Sequential(*model, nn.LogSoftmax(1))
