@@ -11,9 +11,9 @@ from expunge.boundary import logits_layer, whole_classes
 from expunge.core import Case, Grads, Key, Stage
 from expunge.curvature import expected_fisher
 from expunge.guarded import guarded_edit
+from expunge.overwriting import Spread
 from expunge.registry import AtLeastOne, NonNegative, Positive, Share, method
 
-TINY = 1e-8  # added to the Fisher information, as in the released code
 SPREAD = 1e-2  # standard deviation of a row that is drawn anew, as there
 
 
@@ -74,19 +74,14 @@ def fisher_forgetting(
 
     Published settings: alpha 1e-9 to 1e-6 (ResNet-18); users report that 1e-9 does nothing.
     """
-    last = (None if head is None else float(head), None if head_cap is None else float(head_cap))
-    return _Fisher(float(alpha), float(cap), rows, float(vectors), reset, *last, rise, chunk)
+    return _Fisher(float(alpha), Spread(cap, rows, vectors, head, head_cap), reset, rise, chunk)
 
 
 @dataclass(frozen=True)
 class _Fisher:
     alpha: float
-    cap: float
-    rows: bool
-    vectors: float
+    spread: Spread
     reset: bool
-    head: float | None
-    head_cap: float | None
     rise: float
     chunk: int
 
@@ -96,8 +91,8 @@ class _Fisher:
             return replace(case, rng=rng)
         fisher = expected_fisher(case, case.request.data("retain"), self.chunk, key.at("fisher"))
         weights = {name: p.detach().clone() for name, p in case.scope.parameters(case.model).items()}
-        last = {} if self.head is None and self.head_cap is None else _last(case)
-        noise = {name: self._noise(value, key.at("noise", name), name in last) for name, value in fisher.items()}
+        last = _last(case) if self.spread.apart else {}
+        noise = {n: self.spread(f, n in last).sqrt() * _drawn(f, key.at("noise", n)) for n, f in fisher.items()}
         rows = self._fresh_rows(case, key.at("rows"))
 
         def at(alpha: float) -> Grads:
@@ -118,21 +113,11 @@ class _Fisher:
         forgotten = whole_classes(case) if self.reset and hasattr(case.task, "classes") else []
         if not forgotten:
             return {}
-        spread = SPREAD * math.sqrt(1.0 if self.head is None else self.head)
+        spread = SPREAD * math.sqrt(1.0 if self.spread.head is None else self.spread.head)
         return {
             name: {row: spread * _drawn(p[row].detach(), key.at(name, row)) for row in forgotten}
             for name, p in _last(case).items()
         }
-
-    def _noise(self, fisher: torch.Tensor, key: Key, last: bool) -> torch.Tensor:
-        """N(0, v), of the weight's shape; `last`: of a tensor of the last layer."""
-        return self._variance(fisher, last).sqrt() * _drawn(fisher, key)
-
-    def _variance(self, fisher: torch.Tensor, last: bool) -> torch.Tensor:
-        cap = min(self.cap, self.head_cap) if last and self.head_cap is not None else self.cap
-        if last and self.head is not None:
-            return variance(fisher, cap, self.rows, 1.0) * self.head
-        return variance(fisher, cap, self.rows, self.vectors)
 
 
 def _last(case: Case) -> dict[str, torch.nn.Parameter]:
@@ -144,11 +129,3 @@ def _last(case: Case) -> dict[str, torch.nn.Parameter]:
 def _drawn(like: torch.Tensor, key: Key) -> torch.Tensor:
     """Standard normal, of the shape, type and device of `like`."""
     return torch.randn(like.shape, generator=key.generator(), dtype=torch.float64).to(like)
-
-
-def variance(fisher: torch.Tensor, cap: float, rows: bool, vectors: float) -> torch.Tensor:
-    """v of the formula, of the weight's shape."""
-    found = (1.0 / (fisher + TINY)).clamp(max=cap)
-    if rows and fisher.ndim > 1:
-        found = found.mean(1, keepdim=True).expand_as(found)
-    return found * vectors if fisher.ndim == 1 else found
