@@ -19,6 +19,7 @@ SPREAD = 1e-2  # standard deviation of a row that is drawn anew, as there
 
 @method(
     paper="arXiv:1911.04933",
+    status="reproduced",
     tasks=("classification", "regression"),
     needs={"forget", "retain"},
     dose="alpha",
