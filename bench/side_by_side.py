@@ -53,7 +53,7 @@ from expunge.version import revision
 from expunge.weights import hash_tensors, tensors_of
 
 RESULTS = Path(__file__).parent / "results" / "side_by_side"
-SCORES = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
+PARTS = ("forget", "retain", "test")
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Problem:
     """What both sides get.
 
     Attributes:
-        train, test: (x float32 [n, ...], y int64 [n]).
+        train, test: (x float32 [n, ...], y int64 [n] of classes, or float32 targets).
         forget, retain: int64 rows of `train`.
         request, task: the same for ours.
-        make: builds an untrained network. classes: how many.
+        make: builds an untrained network. classes: how many; 0 of real targets.
     """
 
     train: tuple[Tensor, Tensor]
@@ -111,7 +111,7 @@ def problem_of(theirs: Any, suite: builtin.Suite, seed: int) -> Problem:
         request,
         suite.task,
         suite.make,
-        suite.task.classes,
+        getattr(suite.task, "classes", 0),
     )
 
 
@@ -163,21 +163,41 @@ class Counted:
         return {**taken, **self.rows}
 
 
-def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
-    """Accuracy in %, and how well losses tell forget from test examples (AUC; 0.5 where they cannot)."""
-    found, losses = {}, {}
+def measure(problem: Problem) -> str:
+    """What the task is judged by: classes by "accuracy", real targets by their "error"."""
+    return "accuracy" if problem.classes else "error"
+
+
+def judged(problem: Problem, said: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] whose mean is the score, in %, and [n] losses. Of classes: whether the first is right, and the NLL. Of real targets:
+    the absolute error in units of the task's ``scale`` (the suites' targets have standard deviation 1) is both.
+    """
+    if problem.classes:
+        return 100 * (said.argmax(1) == y).double(), nn.functional.cross_entropy(said, y, reduction="none").double()
+    error = ((said.reshape(y.shape) - y) / problem.task.scale).abs().double().reshape(len(y), -1).mean(1)
+    return 100 * error, error
+
+
+def scores(model: nn.Module, problem: Problem) -> dict[str, Any]:
+    """Accuracy, or mean absolute error and its spread, and how well losses tell forget from test examples: all in %.
+
+    The last is the AUC: 50 where they cannot.
+    """
+    found: dict[str, Any] = {}
+    losses, spread = {}, {}
     model.eval()
     parts = {"forget": problem.part(problem.forget), "retain": problem.part(problem.retain), "test": problem.test}
     with torch.no_grad():
         for name, (x, y) in parts.items():
-            logits = torch.cat([_logits(model(piece)) for piece in x.split(512)]).float()
-            found[f"{name}_accuracy"] = 100 * float((logits.argmax(1) == y).double().mean())
-            losses[name] = nn.functional.cross_entropy(logits, y, reduction="none").double().numpy()
+            said = torch.cat([_logits(model(piece)) for piece in x.split(512)]).float()
+            values, loss = judged(problem, said, y)
+            score = f"{name}_{measure(problem)}"
+            found[score], spread[score], losses[name] = float(values.mean()), float(values.std()), loss.numpy()
     found["membership"] = 100 * float(intervals.auc(-losses["forget"], -losses["test"]))
-    return found
+    return found if problem.classes else {**found, "spread": spread}
 
 
-def scores_kept(model: nn.Module, problem: Problem, folder: Path) -> dict[str, float]:
+def scores_kept(model: nn.Module, problem: Problem, folder: Path) -> dict[str, Any]:
     """``scores`` of a model that many runs share, reckoned once: kept beside the trained models."""
     data = [fingerprint(problem.request.data(part)) for part in ("forget", "retain")]
     path = folder / f"scores-{'-'.join(part[:12] for part in (hash_tensors(tensors_of(model)), *data))}.json"
@@ -248,12 +268,12 @@ def joint(rows: list[dict[str, Any]], score: str, examples: int) -> dict[str, An
     """The difference of the two means with its 95 % interval: over seeds, paired, and over the examples scored.
 
     Both sides are scored on the same examples of the same trained models, so the part over seeds is Student's interval of
-    the differences; the part over examples is the binomial one of each side. The halves add in squares.
+    the differences; the part over examples is that of the standard error of each side's mean: the binomial one of shares,
+    from the spread of the errors of real targets. The halves add in squares.
     """
     one, two = (np.array([row[side][score] for row in rows]) for side in ("ours", "theirs"))
     low, high = intervals.t_interval((one - two).tolist())
-    shares = [np.clip(side.mean() / 100, 0, 1) for side in (one, two)]
-    noise = 1.96 * 100 * np.sqrt(sum(share * (1 - share) for share in shares) / examples)
+    noise = 1.96 * np.sqrt(sum(variance(rows, side, score) for side in ("ours", "theirs")) / examples)
     half = float(np.hypot((high - low) / 2, noise))
     difference = float((one - two).mean())
     return {
@@ -264,6 +284,14 @@ def joint(rows: list[dict[str, Any]], score: str, examples: int) -> dict[str, An
         "half_width_over_seeds": float((high - low) / 2),
         "within": abs(difference) <= half,
     }
+
+
+def variance(rows: list[dict[str, Any]], side: str, score: str) -> float:
+    """Of one example, in squares of %."""
+    if score in rows[0][side].get("spread", {}):
+        return float(np.mean([row[side]["spread"][score] ** 2 for row in rows]))
+    share = np.clip(np.mean([row[side][score] for row in rows]) / 100, 0, 1)
+    return float(100**2 * share * (1 - share))
 
 
 def ratio(rows: list[dict[str, Any]], seconds: str) -> dict[str, float]:
@@ -278,7 +306,7 @@ def summary(theirs: Any, name: str, suite: builtin.Suite, rows: list[dict[str, A
     """What is written."""
     problem = problem_of(theirs, suite, rows[0]["seed"])
     sizes = {"forget": len(problem.forget), "retain": len(problem.retain), "test": len(problem.test[0])}
-    sizes_of = {f"{part}_accuracy": size for part, size in sizes.items()} | {"membership": sizes["forget"]}
+    sizes_of = {f"{part}_{measure(problem)}": sizes[part] for part in PARTS} | {"membership": sizes["forget"]}
     return {
         "name": name,
         "method": theirs.METHOD,
@@ -288,7 +316,7 @@ def summary(theirs: Any, name: str, suite: builtin.Suite, rows: list[dict[str, A
         "suite": suite.name,
         "sizes": sizes,
         "data": fingerprint(problem.request.data("forget")),
-        "scores": {score: joint(rows, score, sizes_of[score]) for score in SCORES},
+        "scores": {score: joint(rows, score, size) for score, size in sizes_of.items()},
         "time_ratio": ratio(rows, "seconds"),
         "clock_ratio": ratio(rows, "clock_seconds"),
         "revision": revision(),

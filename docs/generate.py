@@ -73,7 +73,7 @@ def reproductions() -> dict[Path, str]:
         text = path.read_text(encoding="utf-8")
         if NUMBERS in text and NUMBERS_END in text:
             before, rest = text.split(NUMBERS, 1)
-            made = "\n\n".join(side_by_side(run) for run in own)
+            made = "\n\n".join([*(side_by_side(run) for run in own), *capacities(path.stem)])
             found[path] = f"{before}{NUMBERS}\n\n{made}\n\n{NUMBERS_END}{rest.split(NUMBERS_END, 1)[1]}"
     if runs:
         found[REPRODUCTION / "README.md"] = RESULT_NOTE + overview(runs)
@@ -103,6 +103,30 @@ def side_by_side(run: dict[str, Any]) -> str:
     )
 
 
+def capacities(method: str) -> list[str]:
+    """The table of bench/deletion_capacity.py, on the page of S3T."""
+    path = RESULTS / "deletion_capacity.json"
+    if method != "s3t" or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+
+    def said(one: dict[str, float] | None) -> str:
+        return "" if one is None else f"{one['mean']:.2f} ± {1.96 * one['error']:.2f} ({one['runs']:,})"
+
+    rows = [
+        [
+            f"[{row['method']}](../methods/{row['method']}.md)",
+            str(row["budget"]) if row["method"] == "s3t" else "",
+            f"{row['expected']:g}",
+            *(said(row[kind]) for kind in ("structure", "theirs")),
+            said(row["whole"]) if row["method"] == "sisa" else f"the same, {row['whole']['runs']:,} runs",
+        ]
+        for row in found["rows"]
+    ]
+    head = ("method", "budget", "expected", "structure", "authors", "whole method")
+    return [f"{found['shards']} shards, {found['slices']} slices; revision {found['revision']}.\n\n{table(head, rows)}"]
+
+
 def overview(runs: list[dict[str, Any]]) -> str:
     """All runs in one table, and the geometric mean of their times."""
     rows = [
@@ -119,7 +143,7 @@ def overview(runs: list[dict[str, Any]]) -> str:
     head = (
         "run",
         "authors' code",
-        "ours less theirs: forget, retain, test accuracy, membership, %",
+        "ours less theirs: forget, retain, test accuracy (or error), membership, %",
         "within",
         "time ratio",
     )

@@ -176,7 +176,7 @@ def released(case: Case, data: Data, objective: Objective, vector: Grads, chunk:
         start = 0
         if not first:
             first, start = {name: grad[0].clone() for name, grad in grads.items()}, 1
-        onto_first, onto_vector = _against(grads, first), _against(grads, vector)
+        onto_first, onto_vector = _against(grads, first, vector)
         for row in range(start, rows):
             along, left = scale * onto_first[row], onto_vector[row] - removed * onto_first[row]
             removed += left / (count + along) * scale
@@ -184,10 +184,14 @@ def released(case: Case, data: Data, objective: Objective, vector: Grads, chunk:
     return {name: value - removed * first[name].to(value.dtype) for name, value in vector.items()}
 
 
-def _against(grads: Grads, vector: Grads) -> list[float]:
-    """Inner product of each example's gradient with a vector, in float64."""
-    total = sum(grad.flatten(1).double() @ vector[name].flatten().double() for name, grad in grads.items())
-    return total.tolist()  # type: ignore[union-attr]
+def _against(grads: Grads, *vectors: Grads) -> list[list[float]]:
+    """Inner products of each example's gradient with each vector, in float32 at least, read once for all vectors."""
+    total = torch.zeros(())
+    for name, grad in grads.items():
+        wide = grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
+        columns = torch.stack([vector[name].flatten().to(wide) for vector in vectors], 1)
+        total = total.to(wide.device) + (wide.flatten(1) @ columns).double()
+    return total.T.tolist()
 
 
 def _flat(grads: Grads, names: list[str]) -> Tensor:

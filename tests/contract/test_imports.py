@@ -56,6 +56,7 @@ ORDER: list[set[str]] = [
         "combine",
         "curvature",
         "edits",
+        "overwriting",
         "wrap",
         "checkpointing",
         "reference",

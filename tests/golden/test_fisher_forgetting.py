@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import nn
@@ -12,11 +10,11 @@ import expunge as ex
 from expunge import methods
 from expunge.core import Case, Refused
 from expunge.curvature import expected_fisher
+from expunge.overwriting import Spread
 from expunge.scope import Scope
 from tests.golden.forgetting import accuracy, digits, small
 
 torch.set_num_threads(1)
-variance = importlib.import_module("expunge.methods.fisher_forgetting").variance
 RELEASED = {
     "0.weight": (0.5437061865809525, 55.761146150747244),
     "0.bias": (0.4449403093339568, 89.94288414126537),
@@ -48,7 +46,7 @@ def test_information_and_variances_are_those_of_a_released_code(chunk: int) -> N
     fisher = expected_fisher(case, data, chunk)
     for name, (information, spread) in RELEASED.items():
         assert float(fisher[name].sum()) == pytest.approx(information, rel=1e-9)
-        found = variance(fisher[name], 1e3, True, 10.0)
+        found = Spread(1e3, True, 10.0)(fisher[name])
         assert found.shape == fisher[name].shape
         assert float(found.sum()) == pytest.approx(spread, rel=1e-9)
 
@@ -74,7 +72,7 @@ def test_the_noise_is_standard_normal_in_units_of_its_deviation() -> None:
     fisher = expected_fisher(case, request.data("retain"))
     stage = methods.fisher_forgetting(alpha=1e-9, reset=False, rows=False, rise=1.0)
     first, second = (ex.unlearn(net, request, task=ex.Classification(3), method=stage, seed=s).model for s in (0, 1))
-    spread = (1e-9 * variance(fisher["0.weight"], 1e3, False, 10.0)).sqrt()
+    spread = (1e-9 * Spread(1e3, False, 10.0)(fisher["0.weight"])).sqrt()
     draws = [(m[0].weight - net[0].weight).detach() / spread for m in (first, second)]
     for draw in draws:
         assert abs(float(draw.mean())) < 4 / 6000**0.5
@@ -92,6 +90,25 @@ def test_only_the_row_of_a_wholly_forgotten_class_is_drawn_anew() -> None:
     model, request = small()  # 20 of a class that is kept otherwise
     done = ex.unlearn(model, request, task=ex.Classification(3), method=stage)
     assert float((done.model[2].weight - model[2].weight).detach().abs().max()) < 1e-9
+
+
+def test_the_last_layer_may_be_treated_as_in_the_released_code() -> None:
+    """v at most 100 there, times 10, biases too, and the new rows' variance times 10; the same draws otherwise."""
+    model, request = digits(8)
+    fisher = expected_fisher(Case(model, request, ex.Classification(10), Scope.all(model)), request.data("retain"))
+    done = []
+    for changes in ({}, {"head": 10.0, "head_cap": 100.0}):
+        stage = methods.fisher_forgetting(alpha=1e-6, rise=1.0, **changes)
+        done.append(ex.unlearn(model, request, task=ex.Classification(10), method=stage).model.state_dict())
+    start, kept = model.state_dict(), torch.arange(10) != 8
+    torch.testing.assert_close(done[0]["0.weight"], done[1]["0.weight"], rtol=0, atol=0)
+    for name, plain in (("2.weight", 1.0), ("2.bias", 10.0)):
+        was = Spread(1e3, True, 1.0)(fisher[name]) * plain
+        now = (1.0 / (fisher[name] + 1e-8)).clamp(max=1e3).clamp(max=1e2) * 10
+        now = now.mean(1, keepdim=True).expand_as(now) if now.ndim > 1 else now
+        moved = [one[name] - start[name] for one in done]
+        torch.testing.assert_close(moved[1][kept], (moved[0] * (now / was).sqrt())[kept], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(done[1][name][8], done[0][name][8] * 10**0.5, rtol=1e-5, atol=1e-7)
 
 
 def test_a_model_without_rows_of_classes_is_told_so_and_can_do_without() -> None:

@@ -23,6 +23,7 @@ _PROXY = "(steps > 0) * proxy_steps * min(batch, n_retain)"
 
 @method(
     paper="arXiv:2210.08196",
+    status="reproduced",
     tasks=("regression",),
     needs={"forget", "retain"},
     dose="steps",

@@ -15,6 +15,7 @@ _ROWS = "steps * min(batch, n_retain)"
 
 @method(
     paper="arXiv:2210.08196",
+    status="reproduced",
     tasks=("regression",),
     needs={"retain"},
     dose="steps",

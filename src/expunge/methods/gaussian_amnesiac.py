@@ -21,6 +21,7 @@ _ROWS = "steps * min(batch, n_forget + n_retain)"
 
 @method(
     paper="arXiv:2210.08196",
+    status="reproduced",
     tasks=("regression",),
     needs={"forget", "retain"},
     dose="steps",

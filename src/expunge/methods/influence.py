@@ -20,6 +20,7 @@ _ROWS = "n_forget + n_retain + min(samples + (recursion == 'released'), n_retain
 
 @method(
     paper="arXiv:2304.04934",
+    status="reproduced",
     needs={"forget", "retain"},
     dose="scale",
     cost={"forward": _ROWS, "backward": _ROWS},

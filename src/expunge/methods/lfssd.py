@@ -18,6 +18,7 @@ from expunge.tasks.causal_lm import IGNORED
 @method(
     labels=False,
     paper="arXiv:2402.19308",
+    status="reproduced",
     needs={"forget", "retain"},
     dose="exponent",
     cost={"forward": "n_forget + n_retain", "backward": "n_forget + n_retain"},

@@ -26,6 +26,7 @@ _WHOLE = "a part of the weights cannot be made anew exactly: a scope that leaves
 
 @method(
     paper="arXiv:2406.16257",
+    status="reproduced",
     tasks=("classification", "regression"),
     needs={"retain"},
     dose=None,

@@ -22,6 +22,7 @@ _WHOLE = "a part of the weights cannot be made anew exactly: a scope that leaves
 
 @method(
     paper="arXiv:1912.03817",
+    status="reproduced",
     tasks=("classification", "regression"),
     needs={"retain"},
     dose=None,
