@@ -19,6 +19,8 @@ from expunge.oracle import mean_loss
 
 SPILL = 1 << 26
 """Bytes in scope above which a guard keeps its state in the run's folder, not as a second copy in memory."""
+FEWEST = 32
+"""Examples below which a probe does not shrink: fewer could not tell a rise of the loss from chance."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,33 @@ class Guard:
         rise: share of the way to chance that the retain loss may go, in (0, 1].
         checks: how often over the run, evenly; or after which steps. The last one is at the end in any case.
         patience: checks in a row that must find the loss outside before the run stops; at the end one is enough.
-        probe: retain examples looked at.
+        probe: retain examples looked at, at most.
+        share: what all looks together may read, as a share of the rows that the run differentiates. A run too short for
+            that is looked at with fewer examples, the same ones each time, but at least 32 (or `probe`, where that is
+            less); and then less often, but at least ``patience + 2`` times and always where `checks` names the steps.
+            None: no such limit, for a guard that chooses the dose.
     """
 
     rise: float = 0.25
     checks: int | tuple[int, ...] = 10
     patience: int = 3
     probe: int = 128
+    share: float | None = 0.03
+
+    def plan(self, steps: int, rows: int) -> tuple[set[int], int]:
+        """The steps to look after, beside the look at the start, and how many examples each look reads.
+
+        Args:
+            steps: of the run. rows: differentiated in each.
+        """
+        most = math.inf if self.share is None else self.share * steps * rows
+        fewest, named = min(self.probe, FEWEST), self.checks
+        if isinstance(named, int):
+            checks = named if most >= fewest * (named + 1) else max(self.patience + 2, int(most / fewest) - 1)
+            checks = min(named, checks)
+            named = tuple(math.ceil((i + 1) * steps / checks) for i in range(checks))
+        at = {step for step in named if step < steps} | {steps}
+        return at, max(fewest, int(min(self.probe, most / (len(at) + 1))))
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:
@@ -68,25 +90,23 @@ class Kept:
 
 
 class Sentry:
-    """The guard at work: the probe, its bound, and the last state inside it."""
+    """The guard at work over `steps` of `rows` examples each: the probe, its bound, and the last state inside it."""
 
-    def __init__(self, guard: Guard, case: Case, key: Key, steps: int):
+    def __init__(self, guard: Guard, case: Case, key: Key, steps: int, rows: int):
         self.guard, self.case, self.key = guard, case, key.at("guard")
-        self.data = self._probe()
-        checks = guard.checks
-        even = [math.ceil((i + 1) * steps / checks) for i in range(checks)] if isinstance(checks, int) else checks
-        self.at = {step for step in even if step < steps} | {steps}
+        self.at, examples = guard.plan(steps, rows)
+        self.data = self._probe(examples)
         self.bound = math.inf
         self.kept = Kept()
         self.kept_step, self.outside, self.start = 0, 0, math.nan
 
-    def _probe(self) -> Data | None:
+    def _probe(self, size: int) -> Data | None:
         data = self.case.request.retain or self.case.request.valid
         if data is None:
             self.case.meter.note("no retain or validation data was given: nothing could watch the loss of utility")
             return None
         order = torch.randperm(len(data), generator=self.key.at("probe").generator())
-        return data.select(order[: self.guard.probe].sort().values)
+        return data.select(order[:size].sort().values)
 
     def begin(self, now: Mapping[str, Tensor]) -> None:
         if self.data is not None:

@@ -183,7 +183,7 @@ def fingerprint(data: Data) -> str:
         for name, tensor in _leaves(batch):
             digest.update(name.encode())
             if isinstance(tensor, Tensor):
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             else:  # a file name, a text: no tensor, but part of the example
                 digest.update(repr(tensor).encode())
     return digest.hexdigest() + ("" if whole else "-sampled")

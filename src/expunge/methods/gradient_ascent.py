@@ -45,5 +45,6 @@ def gradient_ascent(
     The published setting, CIFAR-10 and ResNet-18: SGD, momentum 0.9, weight decay 5e-4, lr 1e-4, batch 256, 5 epochs:
     ``Descend(forget=Ascent(), optimizer=SGD(1e-4, 0.9, 5e-4), batch=256, epochs=5, norm_stats="live")``.
     """
-    guard = Guard(rise=0.05, checks=max(1, steps), patience=steps + 1)  # collapse takes a few steps: look after each
+    # collapse takes a few steps: look after each
+    guard = Guard(rise=0.05, checks=max(1, steps), patience=steps + 1, share=None)
     return Descend(forget=Ascent(), optimizer=Adam(lr), steps=steps, batch=batch, norm_stats=norm_stats, guard=guard)
