@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import expunge as ex
+from expunge import guard as guards
 from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, Ascent
 from expunge.optim import SGD
@@ -48,8 +49,9 @@ def test_a_short_run_pays_what_the_plan_says_and_moves_as_without_a_guard() -> N
     for guard in (None, Guard(), Guard(share=None)):
         stage = Descend(forget=NLL(), optimizer=SGD(1e-4), steps=20, batch=8, guard=guard)
         results.append(ex.unlearn(data.model, data.request, task=data.task, method=stage, seed=3))
-    least = min(32, len(data.request.data("retain")))
-    assert [done.record["cost"]["checks"] for done in results[:2]] == [0, 6 * least]
+    probe = min(128, len(data.request.data("retain")))
+    quick = 0 if probe <= 32 else 32
+    assert [done.record["cost"]["checks"] for done in results] == [0, probe + (6 * quick or 5 * probe), 11 * probe]
     assert len({done.record["result"] for done in results}) == 1
 
 
@@ -58,3 +60,16 @@ def test_a_short_run_that_diverges_is_still_stopped() -> None:
     stage = Descend(forget=Ascent(NLL()), optimizer=SGD(3.0), steps=40, batch=8, guard=Guard())
     done = ex.unlearn(data.model, data.request, task=data.task, method=stage, seed=0)
     assert any("stopped at step" in note for note in done.notes)
+
+
+def test_the_few_alone_do_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are outside their bound the whole probe is read, and decides."""
+    data, real = fixtures.tiny("classification"), guards.Sentry._start
+    monkeypatch.setattr(Guard, "plan", lambda *_: ({5, 10}, 2))
+    monkeypatch.setattr(
+        guards.Sentry, "_start", lambda self, of: (0.0, -1.0) if len(of) == 2 else real(self, of)
+    )  # no loss is inside the bound of the two
+    plan = Descend(forget=NLL(), optimizer=SGD(1e-4), steps=10, batch=8, guard=Guard(patience=1))
+    done = ex.unlearn(data.model, data.request, task=data.task, method=plan, seed=0)
+    assert done.notes == []
+    assert done.record["cost"]["checks"] == 3 * min(128, len(data.request.data("retain"))) + 4
