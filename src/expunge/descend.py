@@ -196,9 +196,14 @@ class _Run:
         self.state = plan.combine.init()
         self.sizes = {role: plan.size(role) for role in roles}
         self.lengths = _lengths(case, roles) if plan.order == "bucketed" else {}
-        self.watched = guards.Sentry(plan.guard, case, key, steps) if plan.guard is not None else None
+        self.watched = guards.Sentry(plan.guard, case, key, steps, self._rows()) if plan.guard is not None else None
         self.predicted: dict[str, Any] | None = None
         self.step = 0
+
+    def _rows(self) -> int:
+        """Examples that a step differentiates, each role counted once."""
+        sources = {role: on.source for role, on in self.roles.items() if on.source is not None}
+        return sum(min(self.sizes[role], len(self.case.request.data(name))) for role, name in sources.items())
 
     @property
     def _live(self) -> bool:
@@ -296,7 +301,8 @@ class _Run:
             parameter.grad = grads.get(name)
         del grads
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.scope.parameters.values():
+            parameter.grad = None
         self.scope.restore()
         after = oracle.again()
         settle = getattr(self.plan.combine, "settle", None)

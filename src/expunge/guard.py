@@ -19,6 +19,8 @@ from expunge.oracle import mean_loss
 
 SPILL = 1 << 26
 """Bytes in scope above which a guard keeps its state in the run's folder, not as a second copy in memory."""
+FEWEST = 32
+"""Examples below which a probe does not shrink: fewer could not tell a rise of the loss from chance."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,34 @@ class Guard:
         rise: share of the way to chance that the retain loss may go, in (0, 1].
         checks: how often over the run, evenly; or after which steps. The last one is at the end in any case.
         patience: checks in a row that must find the loss outside before the run stops; at the end one is enough.
-        probe: retain examples looked at.
+        probe: retain examples looked at, at most.
+        share: what the looks together may read, as a share of the rows that the run differentiates. A run too short for
+            that is looked at with fewer examples of the probe, the same ones each time, but at least 32; and then less
+            often, but at least ``patience + 2`` times and always where `checks` names the steps. The whole probe is read
+            at the start, and where the fewer examples are outside: it alone stops a run.
+            None: no such limit, for a guard that chooses the dose.
     """
 
     rise: float = 0.25
     checks: int | tuple[int, ...] = 10
     patience: int = 3
     probe: int = 128
+    share: float | None = 0.03
+
+    def plan(self, steps: int, rows: int) -> tuple[set[int], int]:
+        """The steps to look after, beside the look at the start, and how many examples each look reads first.
+
+        Args:
+            steps: of the run. rows: differentiated in each.
+        """
+        most = math.inf if self.share is None else self.share * steps * rows
+        fewest, named = min(self.probe, FEWEST), self.checks
+        if isinstance(named, int):
+            checks = named if most >= fewest * (named + 1) else max(self.patience + 2, int(most / fewest) - 1)
+            checks = min(named, checks)
+            named = tuple(math.ceil((i + 1) * steps / checks) for i in range(checks))
+        at = {step for step in named if step < steps} | {steps}
+        return at, max(fewest, int(min(self.probe, most / (len(at) + 1))))
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:
@@ -68,15 +91,16 @@ class Kept:
 
 
 class Sentry:
-    """The guard at work: the probe, its bound, and the last state inside it."""
+    """The guard at work over `steps` of `rows` examples each: the probe, its bound, and the last state inside it."""
 
-    def __init__(self, guard: Guard, case: Case, key: Key, steps: int):
+    def __init__(self, guard: Guard, case: Case, key: Key, steps: int, rows: int):
         self.guard, self.case, self.key = guard, case, key.at("guard")
-        self.data = self._probe()
-        checks = guard.checks
-        even = [math.ceil((i + 1) * steps / checks) for i in range(checks)] if isinstance(checks, int) else checks
-        self.at = {step for step in even if step < steps} | {steps}
-        self.bound = math.inf
+        self.at, examples = guard.plan(steps, rows)
+        self.data = self.few = self._probe()
+        if self.data is not None and examples < len(self.data):
+            order = torch.randperm(len(self.data), generator=self.key.at("few").generator())
+            self.few = self.data.select(order[:examples].sort().values)
+        self.bound = self.few_bound = math.inf
         self.kept = Kept()
         self.kept_step, self.outside, self.start = 0, 0, math.nan
 
@@ -90,19 +114,27 @@ class Sentry:
 
     def begin(self, now: Mapping[str, Tensor]) -> None:
         if self.data is not None:
-            self.start = self._loss()
-            first = next(iter(self.data.batches(len(self.data))))
-            chance = self.case.task.chance(first)
-            self.bound = self.start + self.guard.rise * max(chance - self.start, 0.05 * abs(chance))
+            self.start, self.bound = self._start(self.data)
+            self.few_bound = self.bound if self.few is self.data else self._start(self.few)[1]
             self.kept.write(now)
+
+    def _start(self, data: Data | None) -> tuple[float, float]:
+        """The loss before the first step, and its bound."""
+        assert data is not None
+        start, chance = self._loss(data), self.case.task.chance(next(iter(data.batches(len(data)))))
+        return start, start + self.guard.rise * max(chance - start, 0.05 * abs(chance))
 
     def due(self, step: int) -> bool:
         return self.data is not None and step in self.at
 
     def check(self, step: int, now: Mapping[str, Tensor]) -> str | None:
         """None inside the bound (the state `now` is then kept); outside it, the sentence that says so."""
-        loss = self._loss()
-        if math.isfinite(loss) and loss <= self.bound:
+        assert self.data is not None
+        assert self.few is not None
+        loss, bound = self._loss(self.few), self.few_bound
+        if self.few is not self.data and not loss <= bound:
+            loss, bound = self._loss(self.data), self.bound
+        if math.isfinite(loss) and loss <= bound:
             if runtime.finite(now):  # a weight that these examples do not use may be broken all the same
                 self.kept.write(now)
                 self.kept_step, self.outside = step, 0
@@ -115,10 +147,9 @@ class Sentry:
             f"its bound {self.bound:.4g}; the state of step {self.kept_step} was kept"
         )
 
-    def _loss(self) -> float:
-        assert self.data is not None
+    def _loss(self, data: Data) -> float:
         with self.case.meter.checking(), eval_mode(self.case.model), lent_stream(self.key):
-            return mean_loss(self.case, self.data, NLL(), min(256, len(self.data)), self.key)
+            return mean_loss(self.case, data, NLL(), min(256, len(data)), self.key)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -127,8 +158,10 @@ class Sentry:
             "outside": self.outside,
             "start": self.start,
             "bound": self.bound,
+            "few_bound": self.few_bound,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.kept.memory, self.kept_step = state["kept"], state["kept_step"]
-        self.outside, self.start, self.bound = state["outside"], state["start"], state["bound"]
+        self.outside, self.start = state["outside"], state["start"]
+        self.bound, self.few_bound = state["bound"], state["few_bound"]

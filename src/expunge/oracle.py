@@ -339,13 +339,16 @@ class Oracle:
         whole = float(weight.sum())
         if whole <= 0:
             raise RunFailed(f"the weights of role {role!r} sum to {whole:g}: expected at least one positive weight")
+        if self.accumulate == 1 and runtime.world() == 1:
+            self.case.meter.forget_graph()
+            values = per_example(self.case, objective, batch)
+            yield (values * (weight / whole).to(values.dtype)).sum()
+            return
         order = self._order(batch)
         for index, real in runtime.pieces(rows_of(batch), self.accumulate):
             index, real = order[index].to(weight.device), real.to(weight.device)
-            entire = len(index) == len(weight) and self.accumulate == 1 and runtime.world() == 1
-            part = batch if entire else take(batch, index)
             self.case.meter.forget_graph()
-            values = per_example(self.case, objective, part)
+            values = per_example(self.case, objective, take(batch, index))
             share = (weight[index] * real / whole).to(values.dtype)
             yield (values * share).sum()
 
@@ -355,7 +358,7 @@ class Oracle:
         The sum over pieces is the same up to rounding, whatever the order.
         """
         lengths = getattr(self.case.task, "lengths", None)
-        if lengths is None or (self.accumulate == 1 and runtime.world() == 1):
+        if lengths is None:
             return torch.arange(rows_of(batch))
         return torch.argsort(lengths(batch).cpu(), stable=True)
 

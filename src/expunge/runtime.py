@@ -77,7 +77,11 @@ def _free(model: nn.Module) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters are (CPU for a model without any)."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    for module in model.modules():  # as model.parameters() does, which takes its time for asking at every step
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter.device
+    return torch.device("cpu")
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -157,10 +161,11 @@ def gradient(parameters: Mapping[str, nn.Parameter]) -> Grads:
         RunFailed: when no parameter received a gradient. A missing gradient is never turned into zeros: under sharded
             parameters that would be a run that silently trains nothing.
     """
-    here = torch.tensor([parameter.grad is not None for parameter in parameters.values()], dtype=torch.float64)
-    anywhere = all_sum(here) > 0  # processes must agree on the names, or their collectives would not meet
+    anywhere = [parameter.grad is not None for parameter in parameters.values()]
+    if world() > 1:  # processes must agree on the names, or their collectives would not meet
+        anywhere = (all_sum(torch.tensor(anywhere, dtype=torch.float64)) > 0).tolist()
     grads: Grads = {}
-    for (name, parameter), some in zip(parameters.items(), anywhere.tolist(), strict=True):
+    for (name, parameter), some in zip(parameters.items(), anywhere, strict=True):
         if some:
             grads[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
@@ -294,10 +299,15 @@ def where(mask: Tensor, new: Tensor, old: Tensor) -> None:
         kept.copy_(torch.where(local(mask), local(new).to(kept.dtype), kept))
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite. A finite sum has no other terms, and takes one pass; one that overflowed says nothing."""
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+
+
 def finite(tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> bool:
     """Whether every floating entry is a finite number, on every process."""
     values = list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-    good = all(bool(torch.isfinite(local(t)).all()) for t in values if t.is_floating_point())
+    good = all(_finite(local(t)) for t in values if t.is_floating_point())
     if any(sharded(t) for t in values):  # one answer, or one process would stop and the others wait for it
         good = float(all_sum(torch.tensor([float(not good)]))) == 0
     return good

@@ -19,6 +19,7 @@ _ROWS = "steps * min(batch, n_forget + n_retain)"
 
 
 @method(
+    status="reproduced",
     paper="arXiv:2010.10981",
     tasks=("classification",),
     needs={"forget", "retain"},

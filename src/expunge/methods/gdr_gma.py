@@ -16,6 +16,7 @@ _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
 
 
 @method(
+    status="reproduced",
     paper="openreview:52NGERGnlz",
     tasks=("classification",),
     needs={"forget", "retain"},

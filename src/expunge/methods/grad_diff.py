@@ -68,5 +68,5 @@ def grad_diff(
         steps=steps,
         batch=batch,
         norm_stats=norm_stats,
-        guard=Guard(rise=0.05, checks=15, patience=15),
+        guard=Guard(rise=0.05, checks=15, patience=15, share=None),
     )  # an unbounded descent is seldom best at its end

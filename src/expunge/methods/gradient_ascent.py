@@ -59,12 +59,13 @@ def gradient_ascent(
     The published setting, CIFAR-10 and ResNet-18: optimizer="sgd", momentum 0.9, weight decay 5e-4, lr 1e-4, batch 256, 5
     epochs, live statistics, rise=None.
     """
-    after_each = {"checks": max(1, steps), "patience": steps + 1}  # collapse takes a few steps
+    # collapse takes a few steps: look after each
+    guard = None if rise is None else Guard(rise, checks=max(1, steps), patience=steps + 1, share=None)
     return Descend(
         forget=Ascent(),
         optimizer=by_name(optimizer, lr, momentum, weight_decay),
         steps=steps,
         batch=batch,
         norm_stats=norm_stats,
-        guard=None if rise is None else Guard(rise, **after_each),
+        guard=guard,
     )

@@ -79,5 +79,5 @@ def soul(
         steps=steps,
         batch=batch,
         norm_stats=norm_stats,
-        guard=Guard(rise=0.05, checks=15, patience=15),
+        guard=Guard(rise=0.05, checks=15, patience=15, share=None),
     )

@@ -70,5 +70,5 @@ def ugradsl(
         epochs=float(epochs),
         batch=batch,
         norm_stats=norm_stats,
-        guard=Guard(rise=0.05, checks=50, patience=51),  # collapse takes a few steps
+        guard=Guard(rise=0.05, checks=50, patience=51, share=None),  # collapse takes a few steps
     )

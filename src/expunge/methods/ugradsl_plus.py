@@ -71,5 +71,5 @@ def ugradsl_plus(
         epochs=float(epochs),
         batch=batch,
         norm_stats=norm_stats,
-        guard=Guard(rise=0.05, checks=50, patience=51),  # collapse takes a few steps
+        guard=Guard(rise=0.05, checks=50, patience=51, share=None),  # collapse takes a few steps
     )

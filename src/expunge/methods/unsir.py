@@ -20,6 +20,7 @@ _ROWS = f"(steps > 0) * (noise_steps * noise + repair_steps * min(batch, n_retai
 
 
 @method(
+    status="reproduced",
     paper="arXiv:2111.08947",
     tasks=("classification",),
     needs={"forget", "retain"},
