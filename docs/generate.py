@@ -246,7 +246,7 @@ def main(check: bool) -> int:
     gone = left_over(found)
     if check:
         for path in (*stale, *gone):
-            print(f"{path.relative_to(ROOT)} is stale: run `make docs`", file=sys.stderr)
+            print(f"{os.path.relpath(path, ROOT)} is stale: run `make docs`", file=sys.stderr)
         return 1 if stale or gone else 0
     for path in stale:
         path.parent.mkdir(parents=True, exist_ok=True)

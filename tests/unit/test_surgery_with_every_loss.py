@@ -37,6 +37,8 @@ ELSEWHERE = {
     "TargetError",
     "Margin",
     "SmoothedLabel",
+    "AnyLabel",
+    "RunnerUp",
     "SoftMetric",
     "OnPerturbed",
     "EWC",
