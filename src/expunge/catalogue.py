@@ -152,7 +152,7 @@ def page(name: str) -> str:
     found = described(name)
     facts = [
         f"paper: {link(found['paper'])}",
-        f"status: {found['status']}",
+        f"status: {found['status']}" + (f": {found['reason']}" if found["reason"] else ""),
         f"promise: {found['promise']}",
         f"needs: {', '.join(found['needs']) or 'nothing'}",
         f"tasks: {', '.join(found['tasks'])}",

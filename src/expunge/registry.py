@@ -68,7 +68,8 @@ class Method:
             ``relabel``, the forward rows that a wrong answer costs: 0, or 1 for a task that asks the model for it;
             and ``kept_outputs``, 1 for a task whose outputs are small and always the same, so that a teacher is asked once.
         departures: key -> why it departs from its paper, from the authors' code or from a contract.
-        status: "implemented", or "reproduced" once a committed benchmark result stands beside the paper's.
+        status: "implemented", or "reproduced" once a committed result stands beside the paper's or the authors' code's.
+        reason: why it is not reproduced.
         labels: whether it reads the labels of the data.
     """
 
@@ -82,6 +83,7 @@ class Method:
     cost: Mapping[str, str]
     departures: Mapping[str, str] = field(default_factory=dict)
     status: str = "implemented"
+    reason: str = ""
     labels: bool = True
 
     @property
@@ -115,6 +117,7 @@ class Method:
             "cost": dict(self.cost),
             "departures": dict(self.departures),
             "status": self.status,
+            "reason": self.reason,
             "labels": self.labels,
             "settings": {n: _shown(p.default) for n, p in self.settings().items()},
         }
@@ -140,6 +143,7 @@ def method(
     promise: str = "approximate",
     departures: Mapping[str, str] | None = None,
     status: str = "implemented",
+    reason: str = "",
     labels: bool = True,
 ) -> Callable[[Callable[..., Stage]], Callable[..., Stage]]:
     """Register a function of keyword-only settings that returns a Stage; its settings are checked at each call.
@@ -179,6 +183,7 @@ def method(
             dict(cost),
             dict(departures or {}),
             status,
+            reason,
             labels,
         )
         return checked

@@ -20,6 +20,8 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
     tasks=("causal_lm",),
     needs={"forget", "retain", "column:win", "teacher:original|column:win_reference"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the loss and the "
+    "answers it is made of are held to plain torch",
     cost={
         "forward": f"steps * (4 * min(batch, n_forget) + {RETAIN})",
         "backward": f"steps * (2 * min(batch, n_forget) + {RETAIN})",

@@ -17,6 +17,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
     paper="arXiv:2201.06640",
     needs={"retain"},
     dose="steps",
+    reason="its authors' code was not run beside it; held to plain torch",
     cost={"forward": "(steps > 0) + steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
     departures={
         "layers": "counted in the order of the calls, a weight shared with an earlier layer is that layer's; authors' code "

@@ -25,6 +25,8 @@ ROWS = "steps * (min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retai
     tasks=("causal_lm",),
     needs=(),
     dose="noise",
+    reason="published for language models of billions of parameters, which do not run here; found vectors and their "
+    "noise are held to the published rule",
     cost={"forward": ROWS, "backward": ROWS},
     departures={
         "noise": "relative to the vector by default; 0.1 whatever the vector's length in the published runs",

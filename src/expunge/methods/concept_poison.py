@@ -27,6 +27,7 @@ TOP = 3  # concepts whose attribution is recorded before and after
     tasks=("classification",),
     needs={"forget", "retain"},
     dose="steps",
+    reason="no code of its authors and no number of its paper was found; held to its formulas",
     cost={
         "forward": f"(steps > 0) * (poison == 'targeted') * (n_forget + min(samples, n_retain)) + {_STEPS}",
         "backward": _STEPS,

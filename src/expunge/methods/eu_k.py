@@ -24,6 +24,7 @@ _ROWS = "ceil(epochs * ceil(n_retain / min(batch, n_retain))) * min(batch, n_ret
     paper="arXiv:2201.06640",
     needs={"retain"},
     dose=None,
+    reason="its authors' code was not run beside it; held to plain torch",
     cost={"forward": f"1 + {_ROWS}", "backward": _ROWS},
     departures={
         "dose": "there is none: the last layers start afresh, so that zero epochs leave them untrained",

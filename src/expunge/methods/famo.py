@@ -17,6 +17,7 @@ _FORGET, _RETAIN = "min(batch, n_forget)", "min(batch, n_retain)"
     paper="arXiv:2306.03792",
     needs={"forget", "retain"},
     dose="steps",
+    reason="a combiner for many tasks, whose authors report no forgetting; its weights are held to the authors' class",
     cost={
         "forward": f"steps * ((2 + relabel) * {_FORGET} + 2 * {_RETAIN})",
         "backward": f"steps * ({_FORGET} + {_RETAIN})",

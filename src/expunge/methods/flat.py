@@ -41,6 +41,8 @@ def divergence_loss(divergence: str, template: Tensor, forget: Tensor) -> Tensor
     tasks=("classification", "causal_lm"),
     needs={"forget"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; its divergences are "
+    "held to the released numbers",
     cost={side: "steps * 2 * min(batch, n_forget)" for side in ("forward", "backward")},
     departures={
         "signs": "reverse KL, squared Hellinger and Neyman with f-GAN's activations, exp(-v) for the release's exp(v): as "

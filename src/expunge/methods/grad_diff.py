@@ -16,6 +16,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
     paper="arXiv:2203.12817",
     needs={"forget", "retain"},
     dose="steps",
+    reason="the authors' code was not run beside it; held to plain torch",
     cost={
         side: "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
         for side in ("forward", "backward")

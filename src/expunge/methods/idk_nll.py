@@ -17,6 +17,8 @@ from expunge.registry import AtLeastOne, Count, Positive, method
     tasks=("causal_lm",),
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the loss is held to "
+    "plain torch",
     cost={side: "steps * (min(batch, n_forget) + min(batch, n_retain))" for side in ("forward", "backward")},
     departures={
         "refusals": "never the true answer; the released code draws over all lines",

@@ -23,6 +23,7 @@ _ROUND = "(steps * {0}min(batch, n_forget) + repair_steps * min(batch, n_retain)
     tasks=("classification", "regression"),
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for debiasing a classifier, not for forgetting; its rounds are held to torch's own Adam",
     cost={
         "forward": f"(steps > 0) * k * {_ROUND.format('(1 + relabel) * ')}",
         "backward": f"(steps > 0) * k * {_ROUND.format('')}",

@@ -19,6 +19,8 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
     paper="arXiv:2401.06121",
     needs={"forget", "retain", "teacher:original"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the update is held to "
+    "plain torch",
     cost={
         "forward": f"steps * ({FORGET} + 2 * {RETAIN})",
         "backward": f"steps * ({FORGET} + {RETAIN})",

@@ -18,6 +18,8 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
     paper="arXiv:2404.05868",
     needs={"forget", "retain", "teacher:original|column:reference"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the loss is held to the "
+    "benchmark's own code",
     cost={
         "forward": f"steps * (2 * min(batch, n_forget) + {RETAIN})",
         "backward": f"steps * (min(batch, n_forget) + {RETAIN})",

@@ -23,6 +23,8 @@ PASSES = "{{'sam': 2, 'random': draws, 'gradient_norm': {}, 'curvature': {}, 'av
     paper="arXiv:2502.05374",
     needs={"forget", "retain", "teacher:original|column:reference"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; each smoothing is held "
+    "to plain torch",
     cost={
         "forward": f"steps * ((1 + {PASSES.format(2, 4)}) * {FORGET} + {RETAIN})",
         "backward": f"steps * ({PASSES.format(3, 6)} * {FORGET} + {RETAIN})",

@@ -29,6 +29,8 @@ KEPT = "adapters and detectors stay beside the untouched weights, since the gate
     tasks=("causal_lm",),
     needs={"forget"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; its parts are held to "
+    "the authors' numbers",
     cost={
         "forward": "steps * min(batch, n_forget) + (steps > 0) * n_forget",
         "backward": "steps * min(batch, n_forget)",

@@ -18,6 +18,8 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
     tasks=("classification", "causal_lm"),
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; its multipliers are "
+    "held to the released code where that is right",
     cost={side: "steps * (min(batch, n_forget) + min(batch, n_retain))" for side in ("forward", "backward")},
     departures={
         "shift": "the logits that predict each answer token; the released code takes those at the token, which predict "

@@ -24,6 +24,7 @@ _ROWS = "ceil(epochs * ceil(n_retain / min(batch, n_retain))) * min(batch, n_ret
     paper="arXiv:1912.03817",
     needs={"retain"},
     dose=None,
+    reason="it is what the others are measured against: equal to training anew, to the bit",
     promise="exact",
     cost={"forward": _ROWS, "backward": _ROWS},
     departures={

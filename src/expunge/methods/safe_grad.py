@@ -20,6 +20,8 @@ TASK = "task"
     paper="arXiv:2508.07172",
     needs={"retain", "teacher:original"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the projection is held "
+    "to a computation by hand",
     cost={
         "forward": "steps * (min(batch, n_forget) + 2 * min(batch, n_retain))",
         "backward": "steps * (min(batch, n_forget) + min(batch, n_retain))",

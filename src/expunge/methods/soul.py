@@ -16,6 +16,8 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, me
     paper="arXiv:2404.18239",
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; its optimizer is held "
+    "to the authors' code",
     cost={
         side: "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
         for side in ("forward", "backward")

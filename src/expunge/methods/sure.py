@@ -19,6 +19,8 @@ ROWS = "steps * (min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retai
     paper="arXiv:2410.16454",
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the mask is held to a "
+    "computation by hand",
     cost={"forward": ROWS, "backward": ROWS},
     departures={
         "mask": "applied; in the release it stands in a function that the trainer does not call",

@@ -21,6 +21,8 @@ from expunge.scope import edit
     paper="arXiv:2212.04089",
     needs={"forget"},
     dose="alpha",
+    reason="published for models that were fine-tuned from a pretrained one, and none of these is here; held to "
+    "closed forms",
     cost={side: "(alpha > 0) * steps * min(batch, n_forget)" for side in ("forward", "backward")},
     departures={
         "optimizer": "Adam without weight decay, whose shrinking of every weight would be part of the task vector; "

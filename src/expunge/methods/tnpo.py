@@ -20,6 +20,8 @@ RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
     needs={"forget", "retain", "teacher:original|column:reference_tokens"},
     tasks=("classification", "causal_lm"),
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the loss is held to "
+    "plain torch",
     cost={
         "forward": f"steps * (2 * min(batch, n_forget) + {RETAIN})",
         "backward": f"steps * (min(batch, n_forget) + {RETAIN})",

@@ -19,6 +19,8 @@ STEPS = "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 
     paper="arXiv:2410.17509",
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for language models of billions of parameters, which do not run here; the attribution is held "
+    "to a closed form",
     cost={side: f"(keep < 1) * (n_forget + n_retain) + {STEPS}" for side in ("forward", "backward")},
     departures={
         "score": "of mean gradients; the authors' code sums the gradients of mini-batch means, so that the size of the "

@@ -20,6 +20,7 @@ _BATCHES = "(min(batch, n_forget) + min(batch, n_retain))"
     tasks=("classification", "regression"),
     needs={"forget", "retain"},
     dose="steps",
+    reason="published for training a network from scratch, not for forgetting; its estimates are held to autograd",
     cost={
         "forward": f"{_BATCHES} * (steps * (coordinates + 1) + (steps > 0) * (queries > 0) * 2 * (queries + 1))",
         "backward": "0",
