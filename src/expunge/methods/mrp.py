@@ -20,9 +20,7 @@ from expunge.states import chosen_layers, second_moments
 
 RETAIN = "(retain_weight > 0) * min(batch, n_retain)"
 SAMPLES = "(steps > 0) * (min(sample, n_forget) + min(sample, n_retain))"
-KEPT = (
-    "the projection stays a module with its directions for weights: a block's residual path has no weight to fold into"
-)
+KEPT = "the projection stays a module with its directions: a block's residual path has no weight to fold into"
 
 
 @method(
@@ -30,8 +28,7 @@ KEPT = (
     tasks=("causal_lm",),
     needs={"forget", "retain"},
     dose="steps",
-    reason="published for language models of billions of parameters, which do not run here; its parts are held to "
-    "the release's numbers, whose defects have tests of their own",
+    reason="published for models of billions of parameters; parts are held to the release's numbers",
     cost={
         "forward": f"steps * (min(batch, n_forget) + {RETAIN}) + {SAMPLES}",
         "backward": f"steps * (min(batch, n_forget) + {RETAIN})",

@@ -29,8 +29,7 @@ KEPT = "adapters and detectors stay beside the untouched weights, since the gate
     tasks=("causal_lm",),
     needs={"forget"},
     dose="steps",
-    reason="published for language models of billions of parameters, which do not run here; its parts are held to "
-    "the authors' numbers",
+    reason="published for models of billions of parameters; parts are held to the authors' numbers",
     cost={
         "forward": "steps * min(batch, n_forget) + (steps > 0) * n_forget",
         "backward": "steps * min(batch, n_forget)",
@@ -41,8 +40,7 @@ KEPT = "adapters and detectors stay beside the untouched weights, since the gate
         "cosine": "added, so that both terms of a layer's score are higher for what is like the forget data; subtracted "
         "in the paper and its code",
         "pooling": "over the question's tokens; the authors' code averages over padding too",
-        "covariance": "shrunk (Ledoit and Wolf); the empirical one of the authors' code has no inverse for fewer examples "
-        "than dimensions",
+        "covariance": "shrunk (Ledoit and Wolf); the authors' empirical one has no inverse for few examples",
         "held": "a share of the forget examples; the authors have a test set",
         "gate": "the paper's soft weight; the released inference replaces it by steps",
         "answers": "the loss is of the wrong answer's tokens; the authors' of the question's too, with dropout",
