@@ -33,8 +33,13 @@ def interval(score: Mapping[str, float] | None) -> str:
     """A number over its interval: "1.52 (1.1 to 1.9)"."""
     if score is None or score["value"] is None:
         return ""
-    value, low, high = (f"{score[part]:.3g}" if score[part] is not None else "?" for part in ("value", "low", "high"))
+    value, low, high = (_number(score[part]) for part in ("value", "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
+
+
+def _number(value: float | None) -> str:
+    """Three digits; what is only rounding is 0."""
+    return "?" if value is None else f"{value if abs(value) > 1e-9 else 0.0:.3g}"
 
 
 def failures(found: Mapping[str, Any]) -> list[str]:
