@@ -16,6 +16,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Range, me
     paper="arXiv:2203.12817",
     needs={"forget", "retain"},
     dose="steps",
+    status="reproduced",
     cost={
         side: "steps * ((forget_weight > 0) * min(batch, n_forget) + (retain_weight > 0) * min(batch, n_retain))"
         for side in ("forward", "backward")
