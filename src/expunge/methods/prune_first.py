@@ -23,6 +23,7 @@ _FLOW = "(share > 0) * rounds * cuts * (by == 'synflow')"
     tasks=("classification", "regression"),
     needs={"retain"},
     dose=None,
+    status="reproduced",
     cost={"forward": f"{_FLOW} + {_STEPS}", "backward": f"{_FLOW} + {_STEPS}"},
     departures={
         "dose": "unlearning is fine-tuning and the inner method, which have doses of their own; without them, share 0 changes nothing",
