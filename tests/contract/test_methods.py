@@ -157,7 +157,9 @@ def test_declares_itself(name: str) -> None:
         assert spec.tasks
         assert spec.promise in ("approximate", "exact")
         assert spec.status in ("implemented", "reproduced")
-        assert bool(spec.reason) == (spec.status == "implemented"), "what is not reproduced says why, and nothing else does"
+        assert bool(spec.reason) == (spec.status == "implemented"), (
+            "what is not reproduced says why, and nothing else does"
+        )
         assert spec.cost.keys() == {"forward", "backward"}
         assert spec.dose in spec.settings() or (spec.dose is None and spec.departures.get("dose"))
         assert len(inspect.getsource(inspect.getmodule(build)).splitlines()) <= 140, (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,31 @@ def test_golden_steps_of_grad_diff_and_neg_grad_plus(forget: float, retain: floa
     method = grad_diff(forget_weight=forget, retain_weight=retain, lr=1e-3, steps=4, batch=ALL)
     done = ex.unlearn(model, request, task=TASK, method=method)
     assert furthest(done.model, expected) < 1e-12
+
+
+def test_golden_steps_of_the_published_optimizer_of_neg_grad_plus() -> None:
+    model, request = small()
+    (xf, yf), (xr, yr) = whole(request.forget), whole(request.retain)
+    net = copy.deepcopy(model).eval()
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (0.7 * F.cross_entropy(net(xr), yr) - 0.3 * F.cross_entropy(net(xf), yf)).backward()
+        optimizer.step()
+    sgd = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    method = grad_diff(forget_weight=0.3, retain_weight=0.7, **sgd, steps=4, batch=ALL, rise=None)
+    done = ex.unlearn(model, request, task=TASK, method=method)
+    assert furthest(net, model) > 1e-3
+    assert furthest(done.model, net) < 1e-12
+
+
+def test_without_a_guard_the_last_state_comes_back_whatever_it_is() -> None:
+    model, request = small()
+    method = grad_diff(forget_weight=1.0, lr=5e-2, steps=150, rise=None)
+    done = ex.unlearn(model, request, task=TASK, method=method)
+    x, y = whole(request.retain)
+    assert done.record["cost"]["checks"] == 0
+    assert float(F.cross_entropy(done.model(x), y).detach()) > float(torch.tensor(3.0).log())
 
 
 def test_forget_and_retain_have_means_of_their_own() -> None:

@@ -148,6 +148,28 @@ def test_fine_tuning_and_the_inner_stage_are_those_of_masked_torch() -> None:
         assert bool((p[~mask.expand(p.shape)] == 0).all())
 
 
+def test_training_on_all_data_by_the_published_optimizer_without_a_guard() -> None:
+    """SGD with momentum and decay on forget and retain data together, at a rate that a guard would not bear."""
+    model, request = small()
+    x, y = (torch.cat(parts) for parts in zip(whole(request.forget), whole(request.retain), strict=True))
+    net = copy.deepcopy(model)
+    layers = [(net[0], "weight"), (net[2], "weight")]
+    torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=0.5)
+    optimizer = torch.optim.SGD(net.parameters(), 2.0, 0.9, weight_decay=5e-4)
+    for _ in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    sgd = {"optimizer": "sgd", "lr": 2.0, "momentum": 0.9, "weight_decay": 5e-4}
+    method = prune_first(on="all", **sgd, steps=6, batch=ALL, rise=None)
+    done = ex.unlearn(model, request, task=TASK, method=method)
+    for layer, _ in layers:
+        torch_prune.remove(layer, "weight")
+    for name, p in done.model.named_parameters():
+        torch.testing.assert_close(p, net.get_parameter(name), rtol=0, atol=1e-10)
+    assert done.record["cost"]["checks"] == 0
+
+
 INNER = {
     "ssd": lambda: methods.ssd(),
     "npo": lambda: methods.npo(steps=3),

@@ -17,7 +17,7 @@ _WRAPPED = "the model that comes back is the caller's with a vector before it, i
     tasks=("classification",),
     needs={"forget", "retain"},
     dose="steps",
-    reason="the authors' code was not run beside it; held to its formula",
+    status="reproduced",
     cost={"forward": _ROWS, "backward": _ROWS},
     departures={
         "batches": "a forget and a retain batch of their own in every step, weighed by the forget data's share of all; the "
