@@ -22,6 +22,10 @@ EXAMPLE = str(ROOT / "examples" / "language_model_fsdp.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 
+TEARDOWN = "terminate called without an active exception"
+"""What a process says that torch aborts while the interpreter ends, seen about once in twenty launches on a busy machine: a
+thread of gloo asks for an interpreter that is gone (pytorch/pytorch#179291). Such a launch is made once more."""
+
 
 def free_port() -> str:
     with socket.socket() as place:
@@ -38,9 +42,12 @@ def launched(program: list[str]) -> dict[str, float]:
         "GLOO_SOCKET_IFNAME": "lo",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(
-        [sys.executable, *program], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *program], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        if done.returncode == 0 or TEARDOWN not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
