@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expunge.core import Batch, Case, Key, Refused
+from expunge.objectives import Distill
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,12 @@ class RunnerUp:
 
     teacher: str = "original"
 
-    @property
-    def column(self) -> str:
-        """Of the data, where what the teacher says of each example was kept (``told.told``)."""
-        return f"told/{self.teacher}"
-
-    def told(self, case: Case, batch: Batch) -> Tensor:
-        """What the teacher says of each example, without a graph."""
-        with case.teacher(self.teacher) as model:
-            return case.task.outputs(model, batch)
-
     def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
-        """The batch with the runner-up for a label."""
+        """The batch with the runner-up for a label; what the teacher says is asked once a step, or was kept (``told.told``)."""
         task: Any = case.task
         if not all(hasattr(task, name) for name in ("logits", "labels", "label", "classes")):
             raise _unfit(task)
-        kept = batch.get(self.column)
-        logits = self.told(case, batch) if kept is None else kept
+        logits = Distill(self.teacher).draw(case, batch, rng)["teacher"]
         if logits.ndim != 2:
             raise _unfit(task)
         true = task.labels(batch)

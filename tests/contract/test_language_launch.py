@@ -23,8 +23,8 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 
 TEARDOWN = "terminate called without an active exception"
-"""What a process says that torch aborts while the interpreter ends, seen about once in twenty launches on a busy machine: a
-thread of gloo asks for an interpreter that is gone (pytorch/pytorch#179291). Such a launch is made once more."""
+"""What a process said that torch aborted as it ended, seen once, on a busy machine; the cause is not known (a race like it is
+told in pytorch/pytorch#179291). Such a launch is made once more."""
 
 
 def free_port() -> str:
