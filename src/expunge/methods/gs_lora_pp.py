@@ -17,6 +17,7 @@ _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
     tasks=("classification",),
     needs={"forget", "retain"},
     dose="steps",
+    status="reproduced",
     cost={"forward": f"(steps > 0) * (n_forget + n_retain) + {_ROWS}", "backward": _ROWS},
     departures={
         "layers": "adapters stand on every linear and convolution layer; the paper's on the two linear layers of each "
