@@ -251,8 +251,11 @@ class Oracle:
         scope = self.case.scope if scope is None else scope
         parameters = {name: p for name, p in self.parameters.items() if name in scope}
         with self._only(parameters), self._shifted():
-            for role, weight in weights.items():
-                if callable(weight):
+            for role, *others in self._passes(weights):
+                weight = weights[role]
+                if others:
+                    self._backward_together({name: weights[name] for name in (role, *others)})
+                elif callable(weight):
                     self._backward_by_loss(role, weight, parameters)
                 elif weight != 0.0:
                     self.losses.known[role] = self._finish(role, self._backward(role, _always(weight)))
@@ -260,6 +263,39 @@ class Oracle:
             return {}
         grads = self.case.scope.cut(runtime.gradient(parameters), self.case.model)
         return grads if scope is self.case.scope else scope.cut(grads, self.case.model)
+
+    def _passes(self, weights: Mapping[str, Weight]) -> list[list[str]]:
+        """Roles by forward pass: those whose objectives name one ``one_pass`` of one batch share it, where it is whole.
+
+        Cut into pieces, the loss of a role is known only when its graphs are gone, so that each has passes of its own.
+        """
+        whole = self.accumulate == 1 and runtime.world() == 1
+        groups: dict[Any, list[str]] = {}
+        for role, weight in weights.items():
+            on = self.roles[role]
+            named = getattr(on.objective, "one_pass", None)
+            alone = named is None or not whole or hasattr(on.objective, "draw") or weight == 0.0
+            batch = None if alone else (named, on.source, self.draws.sizes[role], self.draws.clock(role, self.step))
+            groups.setdefault(role if alone else batch, []).append(role)
+        return list(groups.values())
+
+    def _backward_together(self, weights: Mapping[str, Weight]) -> None:
+        """Differentiate once the weighted sum of the losses of roles that share a forward pass."""
+        roles = list(weights)
+        shared: Any = self.roles[roles[0]].objective
+        batch = self.draws.batch(roles[0])
+        self.case.meter.forget_graph()
+        made, parts = shared.one_pass(self.case, batch), []
+        for role, weight in weights.items():
+            objective: Any = self.roles[role].objective
+            share = self._shares(role, objective, batch)
+            values = per_example(self.case, functools.partial(_of, objective, made), batch)
+            loss = (values * share.to(values.dtype)).sum()
+            _check_reached(loss, f"role {role!r}", len(self.parameters))
+            value = self.losses.known[role] = self._finish(role, float(loss.detach().double()))
+            parts.append(loss * (weight(value) if callable(weight) else weight))
+        torch.stack(parts).sum().backward()
+        self.case.meter.differentiated()
 
     def _backward(self, role: str, weigh: Callable[[float], float]) -> float:
         """Accumulate the gradient of the role's pieces, each weighted; the role's loss on this process."""
@@ -335,22 +371,27 @@ class Oracle:
             self.case.meter.forget_graph()
             yield objective(self.case, batch).sum() / runtime.world()
             return
+        shares = self._shares(role, objective, batch)
+        if self.accumulate == 1 and runtime.world() == 1:
+            self.case.meter.forget_graph()
+            values = per_example(self.case, objective, batch)
+            yield (values * shares.to(values.dtype)).sum()
+            return
+        order = self._order(batch)
+        for index, real in runtime.pieces(rows_of(batch), self.accumulate):
+            index, real = order[index].to(shares.device), real.to(shares.device)
+            self.case.meter.forget_graph()
+            values = per_example(self.case, objective, take(batch, index))
+            share = (shares[index] * real).to(values.dtype)
+            yield (values * share).sum()
+
+    def _shares(self, role: str, objective: Objective, batch: Batch) -> Tensor:
+        """[b] float64: the part that each example has in the role's loss."""
         weight = example_weights(self.case, objective, batch)
         whole = float(weight.sum())
         if whole <= 0:
             raise RunFailed(f"the weights of role {role!r} sum to {whole:g}: expected at least one positive weight")
-        if self.accumulate == 1 and runtime.world() == 1:
-            self.case.meter.forget_graph()
-            values = per_example(self.case, objective, batch)
-            yield (values * (weight / whole).to(values.dtype)).sum()
-            return
-        order = self._order(batch)
-        for index, real in runtime.pieces(rows_of(batch), self.accumulate):
-            index, real = order[index].to(weight.device), real.to(weight.device)
-            self.case.meter.forget_graph()
-            values = per_example(self.case, objective, take(batch, index))
-            share = (weight[index] * real / whole).to(values.dtype)
-            yield (values * share).sum()
+        return weight / whole
 
     def _order(self, batch: Batch) -> Tensor:
         """Rows in the order in which they are cut into pieces: by length, so that a short piece is not padded to a long.
@@ -398,6 +439,11 @@ class Oracle:
             with torch.no_grad():
                 for name, value in kept.items():
                     named[name].copy_(value)
+
+
+def _of(objective: Any, made: Any, case: Case, batch: Batch) -> Tensor:
+    """The objective's values from a forward pass that others read too."""
+    return objective.of(case, batch, made)
 
 
 def _check_reached(loss: Tensor, of: str, parameters: int) -> None:

@@ -35,6 +35,41 @@ def prototypes(case: Case, head: str, chunk: int, key: Key) -> Tensor:
     return total / torch.bincount(label, minlength=task.classes).clamp_min(1)[:, None]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """(answers, representations) of a batch, of one forward pass: what objectives that name it may share (``Oracle.grad``).
+
+    Args:
+        head: the module whose input is the representation.
+    """
+
+    head: str
+
+    def __call__(self, case: Case, batch: Batch) -> tuple[Tensor, Tensor]:
+        said: list[Tensor] = []
+        vectors = representations(case, case.model, batch, self.head, said.append)
+        return said[0], vectors
+
+
+@dataclass(frozen=True)
+class Answered:
+    """NLL of the true label, as ``NLL``, from a pass that may be shared.
+
+    Args:
+        one_pass: what is shared.
+    """
+
+    one_pass: Seen
+
+    def __call__(self, case: Case, batch: Batch) -> Tensor:
+        return self.of(case, batch, self.one_pass(case, batch))
+
+    def of(self, case: Case, batch: Batch, seen: tuple[Tensor, Tensor]) -> Tensor:
+        """[b] from what the pass gave."""
+        task: Any = case.task
+        return torch.nn.functional.cross_entropy(seen[0], task.labels(batch), reduction="none")
+
+
 @dataclass(frozen=True, eq=False)
 class ToPrototype:
     """weight KL(softmax(prototype of the example's class) || softmax(representation)), nats; plus NLL where `nll`.
@@ -51,9 +86,17 @@ class ToPrototype:
     weight: float = 1.0
     nll: bool = False
 
+    @property
+    def one_pass(self) -> Seen:
+        """What may be shared."""
+        return Seen(self.head)
+
     def __call__(self, case: Case, batch: Batch) -> Tensor:
+        return self.of(case, batch, self.one_pass(case, batch))
+
+    def of(self, case: Case, batch: Batch, seen: tuple[Tensor, Tensor]) -> Tensor:
+        """[b] from what the pass gave."""
         task: Any = case.task
-        said: list[Tensor] = []
-        vectors = representations(case, case.model, batch, self.head, said.append if self.nll else None)
+        vectors = seen[1]
         far = self.weight * kl(vectors, self.means.to(vectors)[task.labels(batch)], 1.0)
-        return far + torch.nn.functional.cross_entropy(said[0], task.labels(batch), reduction="none") if said else far
+        return far + Answered(self.one_pass).of(case, batch, seen) if self.nll else far

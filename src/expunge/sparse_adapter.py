@@ -16,7 +16,7 @@ from expunge.likeness import head_name
 from expunge.objectives import NLL
 from expunge.optim import AdamW, Cosine
 from expunge.oracle import On
-from expunge.prototypes import ToPrototype, prototypes
+from expunge.prototypes import Answered, Seen, ToPrototype, prototypes
 from expunge.wrap import LoRA, in_adapter
 
 SELECTED = 1e-2
@@ -77,6 +77,7 @@ class ForgetInAdapter:
         data = case.request.data("forget")
         chance = case.task.chance(data.batch(torch.arange(len(data))))
         bounds, weights = {"forget": self.bound * chance}, self._weights()
+        forget: Objective = NLL()
         retain: Objective = NLL()
         others: dict[str, On] = {"groups": On(None, GroupLasso(self.by))} if self.sparsity > 0 else {}
         if self.prototypes is not None:
@@ -85,10 +86,11 @@ class ForgetInAdapter:
             means = prototypes(case, head, self.batch, key.at("prototypes"))
             retain = ToPrototype(means, head, self.prototypes.near, nll=True)
             if self.prototypes.away > 0:
+                forget = Answered(Seen(head))  # of the same pass as the distance
                 others["away"] = On("forget", ToPrototype(means, head))
                 weights["away"], bounds["away"] = self.prototypes.away, self.prototypes.bound
         return Descend(
-            forget=NLL(),
+            forget=forget,
             retain=retain,
             others=others,
             combine=Bounded(weights, bounds),

@@ -105,6 +105,17 @@ def test_gs_lora_pp_losses_and_steps_are_those_of_the_authors_code() -> None:
     assert sum(last[f"group/layers.{block}"] for block in range(6)) == pytest.approx(LASSO_AFTER_PP, rel=1e-9)
 
 
+def test_forget_loss_and_distance_share_a_pass_and_in_pieces_have_one_each_for_the_same_steps() -> None:
+    """In pieces a loss is known only when its graphs are gone. 2 steps, 4 examples to forget and 8 to keep."""
+    method = methods.gs_lora_pp(**SHARED, away=0.3, near=0.2)
+    whole, cut = (ex.unlearn(Face(), request(), task=TASK, method=method, pieces=pieces) for pieces in (1, 2))
+    assert merged(cut.model) == pytest.approx(merged(whole.model), rel=1e-9)
+    rows = [done.record["cost"]["backward"] for done in (whole, cut)]
+    assert rows == [2 * (4 + 8), 2 * (4 + 4 + 8)]
+    for role in ("forget", "away"):
+        assert cut.record["history"][0][f"loss/{role}"] == pytest.approx(whole.record["history"][0][f"loss/{role}"])
+
+
 def test_prototypes_are_class_means_whatever_the_chunk_and_the_distance_is_zero_at_one() -> None:
     model = Face()
     case = Case(model, request(), TASK, Scope.all(model))

@@ -9,7 +9,7 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Share, me
 from expunge.sparse_adapter import ForgetInAdapter, Prototypes, patterns
 from expunge.wrap import LoRA
 
-_ROWS = "steps * ((1 + (away > 0)) * min(batch, n_forget) + min(batch, n_retain))"
+_ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
 
 
 @method(
@@ -17,14 +17,12 @@ _ROWS = "steps * ((1 + (away > 0)) * min(batch, n_forget) + min(batch, n_retain)
     tasks=("classification",),
     needs={"forget", "retain"},
     dose="steps",
-    reason="the authors' continual runs were not repeated; the losses and prototypes are held to the authors' code",
+    status="reproduced",
     cost={"forward": f"(steps > 0) * (n_forget + n_retain) + {_ROWS}", "backward": _ROWS},
     departures={
         "layers": "adapters stand on every linear and convolution layer; the paper's on the two linear layers of each "
         "Transformer block's feed-forward part, which targets= names",
         "bound": "of the loss in multiples of log C; the paper's 105 belongs to the scale of CosFace logits",
-        "passes": "the forget batch goes through the model once for its loss and once for its distance, since each has a "
-        "bound of its own",
         "average": "the released continual runs average the weights from an epoch on (decay 0.9), which is not here",
         "warmup": "the sparsity may begin late, as in GS-LoRA; the released continual script has it from the start",
         "epochs": "steps, not epochs",
@@ -69,7 +67,8 @@ def gs_lora_pp(
         groups: one per "block" of the model, per "layer" or per "matrix"; see ``group_lasso.grouped``.
         beta: weight of the forget loss, >= 0.
         bound: that the forget loss is raised to, in multiples of log C, > 0.
-        away: weight of the forget data's distance, >= 0; 0 saves its pass.
+        away: weight of the forget data's distance, >= 0. Its pass is that of the forget loss, but in a run in pieces, where
+            it has one of its own.
         away_bound: that this distance is raised to, nats, > 0.
         near: weight of the retain data's distance, >= 0.
         sparsity: weight of the group lasso, >= 0.
