@@ -80,7 +80,7 @@ def main() -> int:
     document = {
         "forget": FORGET,
         "request": REQUEST,
-        "settings": {row: {"method": stage.name, **_printed(stage)} for row, stage in found.items()},
+        "settings": {row: {"method": stage.name, **stage.printed()} for row, stage in found.items()},
         "retraining": {str(size): cost for size, cost in retraining.items()},
         "methods": table,
         "data": fingerprint(suite.train),
@@ -105,11 +105,6 @@ def main() -> int:
 def _declared(stage: Bound, retain: int) -> int:
     """Rows that the method says it differentiates."""
     return methods()[stage.name].rows(dict(stage.settings), FORGET, retain)["backward"]
-
-
-def _printed(stage: Bound) -> dict[str, Any]:
-    """The settings, an objective by how it prints."""
-    return {n: v if v is None or isinstance(v, bool | int | float | str) else repr(v) for n, v in stage.settings}
 
 
 def _line(runs: list[dict[str, float]], retraining: dict[str, float]) -> dict[str, float]:

@@ -82,7 +82,7 @@ def measured(
     asked = union(run.models.asked[request], run.train)
     paths = {name: [path_of(stage, one, asked, run) for one in originals] for name, stage in stages.items()}
     where = {name: np.array([at(path, target) for path in some]) for name, some in paths.items()}
-    settings = {name: {n: _plain(value) for n, value in stage.settings} for name, stage in stages.items()}
+    settings = {name: stage.printed() for name, stage in stages.items()}
     rows = {
         name: {"row": ROWS[request][name], "method": stage.name, **settings[name]} for name, stage in stages.items()
     }
@@ -101,11 +101,6 @@ def measured(
             }
         found[name] = lines
     return found
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able: an objective by how it prints."""
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def main() -> int:

@@ -250,7 +250,9 @@ class Objective(Protocol):
 
     Optional members: ``draw(case, batch, rng) -> Batch``, once per step on the whole batch (relabelling, pairing,
     references, teacher targets); ``weigh(case, batch) -> Tensor [b]``, the weight of each example in the batch mean
-    (units give a token mean); ``parameters_only = True`` for a penalty that reads no data and returns shape [1].
+    (units give a token mean); ``parameters_only = True`` for a penalty that reads no data and returns shape [1];
+    ``one_pass`` and ``of(case, batch, one_pass(case, batch)) -> Tensor [b]``: roles that read one batch and whose `one_pass`
+    are equal share it (``Oracle.grad``).
     """
 
     def __call__(self, case: Case, batch: Batch) -> Tensor: ...

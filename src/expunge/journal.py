@@ -124,6 +124,11 @@ def described(part: Any) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
 
 
+def printed(value: Any) -> Any:
+    """A setting's value for JSON: a number, a string, a flag or None as it is, a part by what it says of itself."""
+    return value if value is None or isinstance(value, bool | int | float | str) else described(value)
+
+
 class Checkpoint:
     """The file of one Descend inside one stage."""
 

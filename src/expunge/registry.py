@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from expunge.core import Case, MissingExtra, Objective, Refused, Request, Stage
+from expunge.journal import printed
 
 FIRST = torch.zeros(1, dtype=torch.int64)  # the place of an example to look at
 FEW, NEAREST = 20, 8  # names that a sentence can hold, and how many of more it gives
@@ -119,12 +120,8 @@ class Method:
             "status": self.status,
             "reason": self.reason,
             "labels": self.labels,
-            "settings": {n: _shown(p.default) for n, p in self.settings().items()},
+            "settings": {n: printed(p.default) for n, p in self.settings().items()},
         }
-
-
-def _shown(value: Any) -> Any:
-    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 _METHODS: dict[str, Method] = {}
@@ -207,6 +204,10 @@ class Bound:
     def spec(self) -> Method:
         """What the method declares."""
         return _METHODS[self.name]
+
+    def printed(self) -> dict[str, Any]:
+        """The settings for JSON."""
+        return {name: printed(value) for name, value in self.settings}
 
 
 def check_needs(bound: Bound, request: Request, teachers: Mapping[str, Any], provided: Iterable[str] = ()) -> None:

@@ -312,7 +312,7 @@ def _identity(
 
 def _settings(stage: Stage) -> Any:
     if isinstance(stage, Bound):
-        return {n: v if isinstance(v, (bool, int, float, str, type(None))) else described(v) for n, v in stage.settings}
+        return stage.printed()
     return described(stage)
 
 
