@@ -2,9 +2,10 @@
 
 One trained model forgets 1,000 of Fashion-MNIST's records. For each size of the retain set: the seconds of retraining on it
 by the suite's recipe, the seconds of the whole call of each method (its checks, copies and hashes with it) and of the method
-alone, and the rows that each differentiates. Methods and settings are those of bench/suites/fashion_mnist.toml for the
-memorised records, of which 9,000 are kept there. The sizes are gone through in turn, so that a machine that slows down slows
-all alike; retraining on more than 9,000 records is timed once. Writes ``bench/results/price.json``.
+alone, and the rows that each differentiates. Methods and settings are those of bench/suites/fashion_mnist.toml and
+fashion_mnist_memorised.toml for the memorised records, beside which 9,000 are kept there. The sizes are gone through in
+turn, so that a machine that slows down slows all alike; retraining on more than 9,000 records is timed once. Writes
+``bench/results/price.json``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from expunge.registry import Bound, methods
 from expunge.version import revision
 
 HERE = Path(__file__).parent
-SUITE, RESULT = HERE / "suites/fashion_mnist.toml", HERE / "results/price.json"
+SUITES, RESULT = ("fashion_mnist", "fashion_mnist_memorised"), HERE / "results/price.json"
 FORGET, SIZES, ROUNDS = 1000, (1000, 5000, 9000, 20000, 50000), 3
 OFTEN = 9000  # retraining on no more than so many is timed in every round
 REQUEST = "memorised"
@@ -40,6 +41,14 @@ def requests(suite: builtin.Suite) -> dict[int, Request]:
     """size of the retain set -> a request; the records to forget are the same."""
     forget = suite.train.select(torch.arange(FORGET))
     return {size: Request(forget, suite.train.select(torch.arange(FORGET, FORGET + size))) for size in SIZES}
+
+
+def rows() -> dict[str, Bound]:
+    """suite/row -> method with its settings."""
+    read: dict[str, Any] = {name: BenchSpec.read(HERE / f"suites/{name}.toml").stages() for name in SUITES}
+    return {
+        f"{name}/{row}": stage for name in SUITES for (request, row), stage in read[name].items() if request == REQUEST
+    }
 
 
 def timed(model: Any, request: Request, suite: builtin.Suite, stage: Bound) -> dict[str, float]:
@@ -57,8 +66,7 @@ def main() -> int:
     torch.set_num_threads(1)
     suite = builtin.suite("fashion_mnist_full")
     recipe = builtin.suite("fashion_mnist").recipe
-    stages: Any = BenchSpec.read(SUITE).stages()
-    found: dict[str, Bound] = {row: stage for (request, row), stage in stages.items() if request == REQUEST}
+    found = rows()
     asked = requests(suite)
     model = suite.fit(asked[SIZES[0]].data("retain"), 0)
     runs: dict[str, dict[int, list[dict[str, float]]]] = {row: {size: [] for size in SIZES} for row in found}
@@ -94,7 +102,7 @@ def main() -> int:
     write_bytes(RESULT, (json.dumps(document, indent=1) + "\n").encode())
     for row, lines in table.items():
         print(
-            f"{row:22s}", *(f"{size}: {one['call']:.2f} s ({100 * one['share']:.1f} %)" for size, one in lines.items())
+            f"{row:46s}", *(f"{size}: {one['call']:.2f} s ({100 * one['share']:.1f} %)" for size, one in lines.items())
         )
     fixed = {row for row, stage in found.items() if _declared(stage, SIZES[0]) == _declared(stage, SIZES[-1])}
     print("the same number of steps whatever the retain set, unless a guard ends the run:", ", ".join(sorted(fixed)))

@@ -26,6 +26,15 @@ class RunnerUp:
 
     teacher: str = "original"
 
+    @property
+    def column(self) -> str:
+        """Of the data, where what the teacher says of each example was kept (``told.told``)."""
+        return Distill(self.teacher).column
+
+    def told(self, case: Case, batch: Batch) -> Tensor:
+        """What the teacher says of each example."""
+        return Distill(self.teacher).told(case, batch)
+
     def draw(self, case: Case, batch: Batch, rng: Key) -> Batch:
         """The batch with the runner-up for a label; what the teacher says is asked once a step, or was kept (``told.told``)."""
         task: Any = case.task

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Batch, Case, Data, Key
+from expunge.core import Batch, Case, Data, Key, Stage
+from expunge.descend import Descend
 from expunge.oracle import prepared
 
 
@@ -43,6 +44,23 @@ def told(case: Case, asked: Mapping[str, tuple[Asks, int]], size: int = 256) -> 
             answers = _answers(case, data, objective, min(size, len(data)))
             request = replace(request, **{source: data.annotate(objective.column, answers)})
     return replace(case, request=request)
+
+
+def forget_told(descend: Descend) -> Stage:
+    """The descent; where its forget objective asks a teacher, of a request that `told` was given first.
+
+    Args:
+        descend: of a fixed number of steps, each of which reads one forget batch.
+    """
+    objective: Any = descend.forget
+    if not hasattr(objective, "told"):
+        return descend
+
+    def first_asked(case: Case) -> Case:
+        rows = (descend.steps or 0) * min(descend.size("forget"), len(case.request.data("forget")))
+        return replace(descend(told(case, {"forget": (objective, rows)})), request=case.request)
+
+    return first_asked
 
 
 def _answers(case: Case, data: Data, objective: Asks, size: int) -> Tensor:

@@ -12,9 +12,12 @@ import expunge as ex
 from expunge.core import Key, Refused
 from expunge.data.sources import MapStyle
 from expunge.methods.bad_teacher import bad_teacher
+from expunge.methods.eupmu import eupmu
 from expunge.methods.scrub import scrub
+from expunge.methods.surgery import surgery
 from expunge.objectives import NLL, Distill
 from expunge.oracle import differentiable, prepared
+from expunge.runner_up import RunnerUp
 from expunge.together import Together
 from expunge.told import told
 from tests.golden.by_hand import furthest
@@ -29,7 +32,14 @@ def case_of() -> ex.Case:
 
 
 @pytest.mark.parametrize(
-    "method", [scrub(epochs=2, retain_steps=9, batch=16, lr=1e-3), bad_teacher(steps=9)], ids=["scrub", "bad_teacher"]
+    "method",
+    [
+        scrub(epochs=2, retain_steps=9, batch=16, lr=1e-3),
+        bad_teacher(steps=9),
+        surgery(steps=9, forget=RunnerUp()),
+        eupmu(steps=9, forget=RunnerUp()),
+    ],
+    ids=["scrub", "bad_teacher", "surgery", "eupmu"],
 )
 def test_the_same_model_with_fewer_rows(monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
     model, request = small()

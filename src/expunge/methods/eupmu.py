@@ -11,6 +11,7 @@ from expunge.implicit import FastImplicitSurgery, ImplicitSurgery
 from expunge.objectives import NLL, RandomLabel
 from expunge.optim import by_name, schedule_by_name
 from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, method
+from expunge.told import forget_told
 
 _FORGET, _RETAIN = "min(batch, n_forget)", "min(batch, n_retain)"
 
@@ -97,7 +98,7 @@ def eupmu(
             floor,
             max_multiplier=max_multiplier,
         )
-    return Descend(
+    descend = Descend(
         forget=forget,
         retain=NLL(),
         combine=Clip(inner, max_norm),
@@ -107,3 +108,4 @@ def eupmu(
         batch=batch,
         guard=Guard(),
     )
+    return forget_told(descend)

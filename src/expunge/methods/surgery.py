@@ -11,6 +11,7 @@ from expunge.descend import Descend, Guard
 from expunge.objectives import NLL, RandomLabel
 from expunge.optim import by_name, schedule_by_name
 from expunge.registry import AtLeastOne, Count, Finite, NonNegative, Positive, method
+from expunge.told import forget_told
 
 _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
 
@@ -66,7 +67,7 @@ def surgery(
         batch: examples of each kind per step, >= 1.
     """
     combine = Clip(OneSidedProjection(tolerance, max_multiplier=max_multiplier), max_norm)
-    return Descend(
+    descend = Descend(
         forget=forget,
         retain=NLL(),
         combine=combine,
@@ -77,3 +78,4 @@ def surgery(
         guard=Guard(),
         watch=10,
     )
+    return forget_told(descend)
