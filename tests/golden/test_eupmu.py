@@ -169,6 +169,16 @@ def test_the_fast_form_weighs_by_w_over_one_plus_w() -> None:
         torch.testing.assert_close(walk.go()["theta"], (1 - share) * g_f + share * g_r, rtol=1e-9, atol=1e-12)
 
 
+def test_the_fast_form_goes_where_the_released_code_goes() -> None:
+    """Numbers of `EU_fast` of anseryuer/EUPMU-... @ 115655a6 in float32 on the two bowls: SGD at 0.05, w_lr 0.2, error 0.03."""
+    walk = Walk(FastImplicitSurgery(tolerance=-0.03, dual_lr=0.2, dual_decay=0.01, start=1.0), lr=0.05)
+    for weight in (1.0, 1.2, 1.39104, 1.56282, 1.70346, 1.80451):
+        walk.go()
+        assert walk.state["w"] == pytest.approx(weight, abs=1e-5)
+    where = torch.tensor([0.281992644071579, 0.1515677273273468, -0.03822731599211693], dtype=torch.float64)
+    torch.testing.assert_close(walk.theta, where, rtol=0, atol=1e-6)
+
+
 def test_clip_is_after_combination() -> None:
     inner = ImplicitSurgery("raw", start=2.0)
     whole, clipped = Walk(inner, 0.01).go()["theta"], Walk(Clip(inner, 0.5), 0.01).go()["theta"]

@@ -20,8 +20,7 @@ _FORGET, _RETAIN = "min(batch, n_forget)", "min(batch, n_retain)"
     paper="arXiv:2510.22124",
     needs={"forget", "retain"},
     dose="steps",
-    reason="the form 'implicit' is within the authors' code (docs/reproduction/eupmu.md); the default 'fast' was "
-    "not run beside it",
+    status="reproduced",
     cost={
         "forward": f"steps * ((1 + relabel) * {_FORGET} + (1 if variant == 'fast' else 2) * {_RETAIN})",
         "backward": f"steps * ({_FORGET} + {_RETAIN})",
