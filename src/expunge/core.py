@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -103,6 +104,16 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(map_tensors(function, value) for value in tree)
     return tree
+
+
+def described(part: Any) -> str:
+    """What a part says of itself, without the addresses of functions, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
+
+
+def printed(value: Any) -> Any:
+    """A setting's value for JSON: a number, a string, a flag or None as it is, a part by what it says of itself."""
+    return value if value is None or isinstance(value, bool | int | float | str) else described(value)
 
 
 def rows_of(batch: Batch) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import shutil
 import threading
 import time
@@ -25,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from expunge.core import Case, Chain, Data, Key, Refused, Request, Stage, lent_stream
+from expunge.core import Case, Chain, Data, Key, Refused, Request, Stage, described, lent_stream
 from expunge.scope import Scope
 from expunge.stream import chunks
 
@@ -117,16 +116,6 @@ def load_tree(path: Path) -> Any:
         raise Refused(
             f"{path} is not a whole checkpoint of expunge ({error}); delete it, or give another out folder"
         ) from error
-
-
-def described(part: Any) -> str:
-    """What a part says of itself, without the addresses of functions, which differ from process to process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(part))
-
-
-def printed(value: Any) -> Any:
-    """A setting's value for JSON: a number, a string, a flag or None as it is, a part by what it says of itself."""
-    return value if value is None or isinstance(value, bool | int | float | str) else described(value)
 
 
 class Checkpoint:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expunge import runtime
-from expunge.core import Batch, Case, Data, Key, Refused, eval_mode
+from expunge.core import Batch, Case, Data, Key, Refused, described, eval_mode
 from expunge.data.sources import fingerprint
-from expunge.journal import described, load_tree, save_tree
+from expunge.journal import load_tree, save_tree
 from expunge.oracle import prepared
 from expunge.weights import hash_tensors, tensors_of
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from expunge import shadow_design
-from expunge.core import Data, Key, Refused, Request, Stage
+from expunge.core import Data, Key, Refused, Request, Stage, described
 from expunge.data.sources import fingerprint
-from expunge.journal import described
 from expunge.shelf import FORMAT, Job, Made
 from expunge.trainer import Trainer, source_of
 from expunge.version import revision

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from expunge.core import Case, MissingExtra, Objective, Refused, Request, Stage
-from expunge.journal import printed
+from expunge.core import Case, MissingExtra, Objective, Refused, Request, Stage, printed
 
 FIRST = torch.zeros(1, dtype=torch.int64)  # the place of an example to look at
 FEW, NEAREST = 20, 8  # names that a sentence can hold, and how many of more it gives

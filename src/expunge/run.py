@@ -17,10 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Case, Chain, Key, Refused, Request, RunFailed, Stage, Task, chain, lent_stream, only_looked_at
+from expunge.core import (
+    Case,
+    Chain,
+    Key,
+    Refused,
+    Request,
+    RunFailed,
+    Stage,
+    Task,
+    chain,
+    described,
+    lent_stream,
+    only_looked_at,
+)
 from expunge.data.sources import fingerprint
 from expunge.data.split import disjoint
-from expunge.journal import CannotWrite, Journal, described, sweep, write_bytes
+from expunge.journal import CannotWrite, Journal, sweep, write_bytes
 from expunge.meter import Meter, peak_bytes
 from expunge.registry import Bound, check_needs, find, methods
 from expunge.scope import Scope

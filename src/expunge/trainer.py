@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Data, Key, Refused, RunFailed, Task, own_streams
+from expunge.core import Data, Key, Refused, RunFailed, Task, described, own_streams
 from expunge.data.builtin import Recipe, fresh, train_counted
 from expunge.data.sources import fingerprint
-from expunge.journal import described
 from expunge.version import __version__
 from expunge.weights import hash_tensors, tensors_of
 

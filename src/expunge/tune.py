@@ -22,9 +22,9 @@ from torch import nn
 
 from expunge import tune_space
 from expunge.audit.subject import holdable
-from expunge.core import Data, Key, Refused, Request, Stage, Task
+from expunge.core import Data, Key, Refused, Request, Stage, Task, described
 from expunge.data.builtin import Recipe
-from expunge.journal import described, write_bytes
+from expunge.journal import write_bytes
 from expunge.progress import progress
 from expunge.registry import Method, did_you_mean, find, methods, need_extra
 from expunge.run import check_model, check_request, check_stage, writing

@@ -20,9 +20,8 @@ from torch import nn
 from expunge import runtime
 from expunge.audit import intervals, roc
 from expunge.audit.subject import Model, Reading, Subject
-from expunge.core import Data, Key, Refused, Task, lent_stream, only_looked_at
+from expunge.core import Data, Key, Refused, Task, described, lent_stream, only_looked_at
 from expunge.data.sources import fingerprint
-from expunge.journal import described
 from expunge.registry import measure
 
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge import runtime
-from expunge.core import Batch, Data, Key, Refused, Request, Task, lent_stream, only_looked_at
+from expunge.core import Batch, Data, Key, Refused, Request, Task, described, lent_stream, only_looked_at
 from expunge.data.sources import fingerprint
-from expunge.journal import described
 from expunge.store import Kept, Store
 from expunge.weights import hash_tensors, tensors_of
 

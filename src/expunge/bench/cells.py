@@ -15,9 +15,8 @@ from numpy import ndarray
 from torch import nn
 
 from expunge.bench.requests import union
-from expunge.core import Data, Key, Refused, Request, RunFailed, Stage
+from expunge.core import Data, Key, Refused, Request, RunFailed, Stage, described
 from expunge.data.sources import fingerprint
-from expunge.journal import described
 from expunge.run import rebuilt, unlearn
 from expunge.shelf import FORMAT, Job, Made, Shelf, said
 from expunge.store import Kept, Store

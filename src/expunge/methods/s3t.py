@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from expunge.core import Case, Key, Refused, Stage
+from expunge.core import Case, Key, Refused, Stage, described
 from expunge.descend import Descend
-from expunge.journal import described
 from expunge.objectives import NLL
 from expunge.optim import Optimizer, by_name
 from expunge.orders import matched

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from expunge.core import Case, Key, Stage
+from expunge.core import Case, Key, Stage, described
 from expunge.descend import Descend
-from expunge.journal import described
 from expunge.objectives import NLL
 from expunge.optim import Constant, Cosine, Linear, Optimizer, Schedule, by_name
 from expunge.registry import AtLeastOne, NonNegative, Positive, Range, method
