@@ -9,8 +9,8 @@ from expunge.core import Case, Stage
 from expunge.descend import Descend, Guard
 from expunge.layers import last_layers
 from expunge.objectives import NLL
-from expunge.optim import SGD
-from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
+from expunge.optim import SGD, Restarts
+from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Share, method
 
 
 @method(
@@ -20,10 +20,12 @@ from expunge.registry import AtLeastOne, Count, NonNegative, Positive, method
     reason="its authors' code was not run beside it; held to plain torch",
     cost={"forward": "(steps > 0) + steps * min(batch, n_retain)", "backward": "steps * min(batch, n_retain)"},
     departures={
-        "layers": "counted in the order of the calls, a weight shared with an earlier layer is that layer's; authors' code "
-        "has a table of blocks for each of its networks",
-        "norm_stats": "frozen by default; the published runs train the last layers with live batch statistics and the "
-        "others without",
+        "layers": "counted in the order of the calls, any weight of two dimensions or more; a weight shared with an earlier "
+        "layer is that layer's. The authors count Conv2d and Linear modules in the order of their definition",
+        "cycles": "the learning rate is constant by default; the authors restart a cosine (cycles, lr_floor)",
+        "clip": "gradients are not clipped; the authors clip their norm at 10",
+        "stopping": "stopped when the loss on the retain data leaves its bound",
+        "norm_stats": "frozen by default; the authors train with live batch statistics, of the frozen layers too",
     },
 )
 def cf_k(
@@ -32,6 +34,8 @@ def cf_k(
     lr: Positive = 0.03,
     momentum: NonNegative = 0.9,
     weight_decay: NonNegative = 5e-4,
+    cycles: AtLeastOne = 1,
+    lr_floor: Share = 0.05,
     steps: Count = 100,
     batch: AtLeastOne = 64,
     norm_stats: Literal["frozen", "live"] = "frozen",
@@ -48,9 +52,15 @@ def cf_k(
         lr: learning rate of SGD, > 0.
         momentum: of SGD, >= 0.
         weight_decay: of SGD, >= 0.
+        cycles: of the learning rate over the run, each a fall along half a cosine, each twice as long as the one before, from 1
+            to 30; 1 is a constant rate, n are the authors' schedule of 2^n - 1 epochs.
+        lr_floor: share of lr that several cycles fall towards, in [0, 1].
         steps: optimizer steps, >= 0; 0 changes nothing.
         batch: retain examples per step, >= 1.
         norm_stats: "frozen" (eval mode) or "live" (train mode) normalisation and dropout, of the whole model.
+
+    A released run (CIFAR-10, ResNet-110): k 10 or 50, lr 0.1, weight decay 5e-5, lr_floor 0.05, batch 64, 30 epochs, live
+    statistics.
 
     Raises:
         Refused: for a model of fewer layers than k.
@@ -58,6 +68,7 @@ def cf_k(
     descend = Descend(
         retain=NLL(),
         optimizer=SGD(lr, momentum, weight_decay),
+        schedule=Restarts(cycles, lr_floor),
         steps=steps,
         batch=batch,
         norm_stats=norm_stats,
