@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from expunge import methods
 from expunge.core import Case, Refused
 from expunge.data.networks import ResNet
 from expunge.data.sources import as_data
-from expunge.layers import last_layers
+from expunge.layers import last_layers, retain_nll
+from expunge.objectives import NLL
 from expunge.optim import Restarts
+from expunge.registry import methods as registered
 from expunge.scope import Scope
 from tests.fixtures import odd, tiny
 from tests.golden.by_hand import ALL, furthest, whole
@@ -155,6 +158,62 @@ def test_the_last_layers_are_those_of_the_authors() -> None:
     assert found[1] == {"linear.weight", "linear.bias"}
     assert found[2] == found[1] | {"layer3.2.conv2.weight", "layer3.2.bn2.weight", "layer3.2.bn2.bias"}
     assert {k: len(part) for k, part in found.items()} == {1: 2, 2: 5, 8: 23, 20: 59}
+
+
+class Whole(nn.Module):
+    """The same network in a module of the user's own, of which nothing is remembered."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("norm_stats", ["frozen", "live"])
+@pytest.mark.parametrize("name", ["cf_k", "eu_k"])
+def test_what_frozen_layers_say_is_computed_once(name: str, norm_stats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row passes the first layer at most twice (a batch with one unknown row runs whole); the result is the same."""
+    request, rows, real = small()[1], [0], nn.Linear.forward
+
+    def counted(layer: nn.Linear, x: Tensor) -> Tensor:
+        rows[0] += len(x) if layer.in_features == 5 else 0
+        return real(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    length = {"steps": 40} if name == "cf_k" else {"epochs": 6.0}
+    stage = registered()[name].build(k=2, lr=0.01, batch=12, norm_stats=norm_stats, **length)
+    ends, read = [], []
+    for make in (lambda: deep(), lambda: Whole(deep())):
+        rows[0] = 0
+        done = ex.unlearn(make(), request, task=TASK, method=stage, seed=3)
+        ends.append(done)
+        read.append(rows[0])
+    assert furthest(ends[0].model, ends[1].model.net) < 1e-12
+    costs = [{kind: end.record["cost"][kind] for kind in ("forward", "backward")} for end in ends]
+    assert costs[0] == costs[1]
+    looked = ends[0].record["cost"]["checks"]
+    assert read[1] >= costs[1]["forward"] + looked
+    assert read[0] <= 9 + looked + 2 * len(request.data("retain")), "beside it, only the call's own few checks"
+
+
+def test_layers_that_draw_or_are_listened_to_are_not_remembered() -> None:
+    request, data = small()[1], small()[1].data("retain")
+    noisy = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    listened = deep()
+    listened[0].register_forward_hook(lambda module, args, output: None)
+    for model, mode, remembered in [
+        (noisy, "live", False),
+        (noisy, "frozen", True),
+        (listened, "frozen", False),
+        (Backwards().double(), "frozen", False),
+        (deep(), "live", True),
+    ]:
+        case = Case(model, request, TASK, Scope.all(model))
+        inside, objective = retain_nll(replace(case, scope=last_layers(case, 1)), mode)
+        assert (objective != NLL()) == remembered
+        assert (inside.request.data("retain") is not data) == remembered
 
 
 class Backwards(nn.Module):

@@ -7,8 +7,7 @@ from typing import Literal
 
 from expunge.core import Case, Stage
 from expunge.descend import Descend, Guard
-from expunge.layers import last_layers
-from expunge.objectives import NLL
+from expunge.layers import last_layers, retain_nll
 from expunge.optim import SGD, Restarts
 from expunge.registry import AtLeastOne, Count, NonNegative, Positive, Share, method
 
@@ -66,7 +65,6 @@ def cf_k(
         Refused: for a model of fewer layers than k.
     """
     descend = Descend(
-        retain=NLL(),
         optimizer=SGD(lr, momentum, weight_decay),
         schedule=Restarts(cycles, lr_floor),
         steps=steps,
@@ -78,6 +76,7 @@ def cf_k(
     def forget(case: Case) -> Case:
         if steps == 0:
             return case
-        return replace(descend(replace(case, scope=last_layers(case, k))), scope=case.scope)
+        inside, nll = retain_nll(replace(case, scope=last_layers(case, k)), norm_stats)
+        return replace(replace(descend, retain=nll)(inside), scope=case.scope, request=case.request)
 
     return forget

@@ -11,8 +11,7 @@ from torch import nn
 from expunge.core import Case, Stage
 from expunge.descend import Descend
 from expunge.edits import reinitialise
-from expunge.layers import last_layers
-from expunge.objectives import NLL
+from expunge.layers import last_layers, retain_nll
 from expunge.optim import Restarts, by_name
 from expunge.registry import AtLeastOne, NonNegative, Positive, Range, Share, method
 from expunge.scope import edit
@@ -83,7 +82,6 @@ def eu_k(
         Refused: for a model of fewer layers than k, or, without `make`, one that cannot be drawn anew.
     """
     train = Descend(
-        retain=NLL(),
         optimizer=by_name(optimizer, lr, momentum, weight_decay),
         schedule=Restarts(cycles, lr_floor),
         epochs=float(epochs),
@@ -96,6 +94,7 @@ def eu_k(
         inside = replace(case, scope=last_layers(case, k), rng=rng)
         fresh = reinitialise(case.model, key.at("weights"), make)
         edit(inside, {name: p.detach() for name, p in fresh.named_parameters() if name in inside.scope})
-        return replace(train(inside), scope=case.scope)
+        inside, nll = retain_nll(inside, norm_stats)
+        return replace(replace(train, retain=nll)(inside), scope=case.scope, request=case.request)
 
     return anew
