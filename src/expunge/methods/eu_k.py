@@ -34,7 +34,7 @@ _ROWS = "ceil(epochs * ceil(n_retain / min(batch, n_retain))) * min(batch, n_ret
         "once": "the layers are drawn anew once, as the authors do; another group's release does it at every epoch",
         "optimizer": "Adam with a constant learning rate by default; the authors run SGD (optimizer) and restart a cosine "
         "(cycles, lr_floor)",
-        "clip": "gradients are not clipped; the authors clip their norm at 10",
+        "clip": "gradients are not clipped; the authors clip their norm at 10, which their runs beside ours never reached",
         "norm_stats": "frozen by default; the authors train with live batch statistics, of the frozen layers too",
         "contract:adapter:causal_lm": "layers are made anew from a model made anew, and layers with an adapter cannot be",
     },
@@ -57,7 +57,8 @@ def eu_k(
 
     The weights of the last layers are a function of the retain data, of the seed, and of what the earlier layers give:
     these have seen the forget data and stay as they are, to the bit. Despite its name it promises exactness for no model
-    whose earlier layers were trained.
+    whose earlier layers were trained. Where the model is a plain ``nn.Sequential``, what they compute is
+    computed once per example.
 
     Formula: theta_last fresh, then min over theta_last of the mean over D_r of NLL.
 
