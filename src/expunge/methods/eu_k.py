@@ -20,10 +20,10 @@ _ROWS = "ceil(epochs * ceil(n_retain / min(batch, n_retain))) * min(batch, n_ret
 
 
 @method(
+    status="reproduced",
     paper="arXiv:2201.06640",
     needs={"retain"},
     dose=None,
-    reason="its authors' code was not run beside it; held to plain torch",
     cost={"forward": f"1 + {_ROWS}", "backward": _ROWS},
     departures={
         "dose": "there is none: the last layers start afresh, so that zero epochs leave them untrained",
