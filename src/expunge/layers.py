@@ -1,13 +1,15 @@
-"""Which layers of a model come last, in the order in which it calls them."""
+"""Which layers of a model come last, in the order in which it calls them; what comes before them, computed once."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from expunge.core import Case, Data, Key, Refused, only_looked_at
+from expunge.core import Batch, Case, Data, Key, Objective, Refused, only_looked_at
+from expunge.objectives import NLL
 from expunge.oracle import prepared
 from expunge.scope import Scope
 
@@ -89,3 +91,93 @@ def _example(case: Case) -> Data:
     if data is None:
         raise Refused("the order of a model's layers is read off a forward pass, and the request has no data for one")
     return data.select([0])
+
+
+COLUMN = "expunge row"
+MOST_BYTES = 1 << 28
+_PLAIN = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.Identity, nn.Sequential, nn.LayerNorm, nn.GroupNorm),
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+)
+_PLAIN_IN_EVAL = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def retain_nll(case: Case, norm_stats: Literal["frozen", "live"]) -> tuple[Case, Objective]:
+    """The NLL on the retain data, and the Case to descend on it in: what only frozen layers compute is computed once.
+
+    Of a plain ``nn.Sequential``, the layers before the first in scope say the same of an example at every step: they run
+    where a batch has an example that is not known yet, and what they said is kept (256 MiB at most) for later epochs. It
+    is what the whole model would have said, to rounding, as it came from another batch. Any other model runs whole, and so
+    does a run that keeps checkpoints, since one that is resumed is to end in the same bits.
+
+    Args:
+        norm_stats: of the descent; "live" normalisation and dropout among those layers are run at every step.
+    """
+    plain = _PLAIN if norm_stats == "live" else (*_PLAIN, *_PLAIN_IN_EVAL)
+    first = _first_in_scope(case)
+    if (
+        type(case.model) is not nn.Sequential
+        or not 0 < first < len(case.model)
+        or case.journal is not None
+        or case.request.retain is None
+        or getattr(case.task, "stochastic", True)
+        or getattr(case.task, "call", True) is not None
+        or not all(_known(module, plain) for module in case.model[:first].modules())
+    ):
+        return case, NLL()
+    data = case.request.retain.annotate(COLUMN, torch.arange(len(case.request.retain)))
+    model = _Continued(case.model[:first], case.model[first:], len(data))
+    return replace(case, request=replace(case.request, retain=data)), _FromKept(model)
+
+
+def _first_in_scope(case: Case) -> int:
+    """Which of the model's children is the first that has anything of the scope."""
+    inside = {id(p) for name, p in case.model.named_parameters() if name in case.scope}
+    children = list(case.model.children())
+    return next((n for n, child in enumerate(children) if any(id(p) in inside for p in child.parameters())), 0)
+
+
+def _known(module: nn.Module, plain: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module gives the same for the same input, and nobody listens to it."""
+    return type(module) in plain and not module._forward_hooks and not module._forward_pre_hooks
+
+
+class _Continued(nn.Module):
+    """A model in two parts; what the first said of a row is kept."""
+
+    def __init__(self, before: nn.Module, after: nn.Module, count: int):
+        super().__init__()
+        self.before, self.after = before, after
+        self.known, self.kept = torch.zeros(count, dtype=torch.bool), torch.empty(0)
+        self.rows = torch.empty(0, dtype=torch.int64)
+
+    def forward(self, input: Tensor) -> Tensor:  # named as a Sequential names it
+        """The model's output of the examples in ``rows``, which are the input's."""
+        rows = self.rows.cpu()
+        if bool(self.known[rows].all()):
+            return self.after(self.kept[self.rows])
+        with torch.no_grad():
+            said = self.before(input)
+        size = len(self.known) * said[0].numel() * said.element_size()
+        if len(said) == len(rows) and size <= MOST_BYTES:
+            if not len(self.kept):
+                self.kept = said.new_empty(len(self.known), *said.shape[1:])
+            self.kept[self.rows], self.known[rows] = said, True
+        return self.after(said)
+
+
+@dataclass(frozen=True)
+class _FromKept:
+    """``NLL`` of a model of which a part is remembered; the rows count as the model's."""
+
+    model: _Continued
+
+    def __call__(self, case: Case, batch: Batch) -> Tensor:
+        self.model.rows = batch[COLUMN]
+        with case.meter.watch(self.model):
+            return case.task.nll(self.model, batch) / case.task.units(batch)
+
+    def weigh(self, case: Case, batch: Batch) -> Tensor:
+        """Units per example."""
+        return case.task.units(batch)

@@ -297,7 +297,39 @@ class Exponential:
         return self.end**progress
 
 
-Schedule = Constant | Linear | Cosine | Milestones | Exponential
+@dataclass(frozen=True)
+class Restarts:
+    """Half cosines from 1 towards `end`, each twice as long as the one before; the last one ends the run (arXiv:1608.03983).
+
+    The run is cut into 2^cycles - 1 equal parts of one rate each, and the cycles have 1, 2, 4, ... of them. Over that many
+    epochs the rate changes once per epoch, as it is usual; a cycle restarts before it reaches `end`. One cycle is a constant
+    rate.
+
+    Formula: with part e = floor(progress (2^cycles - 1)), cycle i = floor(log2(e + 1)) and t = (e + 1 - 2^i) / 2^i:
+    end + (1 - end) (1 + cos(pi t)) / 2.
+
+    Args:
+        cycles: from 1 to 30. end: in [0, 1].
+    """
+
+    cycles: int = 4
+    end: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(1 <= self.cycles <= 30, self, "cycles", "from 1 to 30")
+        require(0 <= self.end <= 1, self, "end", "in [0, 1]")
+
+    def factor(self, progress: float) -> float:
+        """Multiplier of the learning rate at `progress` (0 .. 1)."""
+        parts = 2**self.cycles - 1
+        part = min(
+            math.floor(progress * parts + 1e-9), parts - 1
+        )  # a step / steps may fall short of its part by a rounding
+        length = 1 << ((part + 1).bit_length() - 1)
+        return self.end + (1.0 - self.end) * 0.5 * (1.0 + math.cos(math.pi * (part + 1 - length) / length))
+
+
+Schedule = Constant | Linear | Cosine | Milestones | Exponential | Restarts
 
 
 def schedule_by_name(kind: str) -> Schedule:
