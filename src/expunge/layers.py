@@ -123,6 +123,7 @@ def retain_nll(case: Case, norm_stats: Literal["frozen", "live"]) -> tuple[Case,
         or case.request.retain is None
         or getattr(case.task, "stochastic", True)
         or getattr(case.task, "call", True) is not None
+        or _listened_to(case)
         or not all(_known(module, plain) for module in case.model[:first].modules())
     ):
         return case, NLL()
@@ -136,6 +137,12 @@ def _first_in_scope(case: Case) -> int:
     inside = {id(p) for name, p in case.model.named_parameters() if name in case.scope}
     children = list(case.model.children())
     return next((n for n, child in enumerate(children) if any(id(p) in inside for p in child.parameters())), 0)
+
+
+def _listened_to(case: Case) -> bool:
+    """Whether anybody but the run, which counts rows, listens to the model as a whole."""
+    hooks = (*case.model._forward_hooks.values(), *case.model._forward_pre_hooks.values())
+    return any(getattr(hook, "__self__", None) is not case.meter for hook in hooks)
 
 
 def _known(module: nn.Module, plain: tuple[type[nn.Module], ...]) -> bool:

@@ -201,12 +201,14 @@ def test_what_frozen_layers_say_is_computed_once(name: str, norm_stats: str, mon
 def test_layers_that_draw_or_are_listened_to_are_not_remembered() -> None:
     request, data = small()[1], small()[1].data("retain")
     noisy = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
-    listened = deep()
-    listened[0].register_forward_hook(lambda module, args, output: None)
+    listened, whole_listened = deep(), deep()
+    for module in (listened[0], whole_listened):
+        module.register_forward_hook(lambda module, args, output: None)
     for model, mode, remembered in [
         (noisy, "live", False),
         (noisy, "frozen", True),
         (listened, "frozen", False),
+        (whole_listened, "frozen", False),
         (Backwards().double(), "frozen", False),
         (deep(), "live", True),
     ]:
