@@ -1,9 +1,9 @@
 """What KLoM and the forgetting score say of populations that are equal: the number that a perfect method would get.
 
 Normal margins, the same for unlearned and retrained, so that any reading above 0 (or below 1) is the instrument's own.
-Beside each number stands the method sheet's, which was simulated apart, on about 150 examples a cell. A number is off
-where it differs by more than three standard errors of both, and half of the sheet's last digit. The score's grid is in
-units of the margin, so it is given for deviations 1 and 2 (the sheet's are of either, on a coarser grid): the nearer
+Beside each number stands one that was simulated apart, on about 150 examples a cell. A number is off
+where it differs by more than three standard errors of both, and half of that number's last digit. The score's grid is in
+units of the margin, so it is given for deviations 1 and 2 (the other numbers are of either, on a coarser grid): the nearer
 counts.
 """
 
@@ -63,7 +63,7 @@ def score_row(count: int) -> dict[str, float]:
 
 
 def off(value: float, error: float, examples: int, wanted: float, step: float) -> bool:
-    """Whether a mean over examples differs from the sheet's by more than the noise of both and its rounding."""
+    """Whether a mean over examples differs from the other simulation's by more than the noise of both and its rounding."""
     return abs(value - wanted) > 3 * error * np.sqrt(1 + examples / SHEET_EXAMPLES) + step / 2
 
 
@@ -83,16 +83,16 @@ def all_off(kloms: dict[int, dict[str, float]], scored: dict[int, dict[str, floa
 
 
 def main() -> None:
-    """Print both tables and write the result; fail where a number is off the sheet's by more than its noise."""
+    """Print both tables and write the result; fail where a number is off the other simulation's by more than its noise."""
     kloms, scored = {n: klom_row(n) for n in KLOM}, {n: score_row(n) for n in SCORE}
     result = {
         "what": __doc__.splitlines()[0] if __doc__ else "",
         **{"seed": SEED, "revision": revision(), "examples": EXAMPLES, "examples_scored": SCORED},
-        "klom": {str(n): {**row, "sheet": KLOM[n]} for n, row in kloms.items()},
-        "score": {str(n): {**row, "sheet": SCORE[n]} for n, row in scored.items()},
+        "klom": {str(n): {**row, "apart": KLOM[n]} for n, row in kloms.items()},
+        "score": {str(n): {**row, "apart": SCORE[n]} for n, row in scored.items()},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print("models  KLoM as released       Gaussian fit           (mean / P95, the sheet's in brackets)")
+    print("models  KLoM as released       Gaussian fit           (mean / P95, the other simulation's in brackets)")
     for n, row in kloms.items():
         cells = [row[k] for k in ("released", "released_p95", "gaussian", "gaussian_p95")]
         print(f"{n:6d}  " + "  ".join(f"{mine:6.3f} ({theirs})" for mine, theirs in zip(cells, KLOM[n], strict=True)))
@@ -102,7 +102,7 @@ def main() -> None:
         print(f"{n:6d}  {cells[0]:.2f} {cells[1]:.3f}; {cells[2]:.2f} {cells[3]:.3f}  {SCORE[n]}")
     wrong = all_off(kloms, scored)
     if wrong:
-        sys.exit(f"off the sheet by more than its noise: {', '.join(wrong)}")
+        sys.exit(f"off the other simulation by more than its noise: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The bad teacher against plain torch, and the traps of its sheet."""
+"""The bad teacher against plain torch, and the known mistakes of other code."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def draw(rng: np.random.Generator, count: int, examples: int) -> tuple[np.ndarra
 
 
 def rules(u: np.ndarray, r: np.ndarray) -> float:
-    """Every rule of the sheet tried on every model, for one example."""
+    """Every rule tried on every model, for one example."""
     positive, negative = (r, u) if np.median(r) > np.median(u) else (u, r)
     spans, n = (np.ptp(positive), np.ptp(negative)), len(u)
     if min(spans) / max(spans) < 0.01:
@@ -108,7 +108,7 @@ def test_the_null_table(count: int, epsilon: float, score: float) -> None:
 
 
 def test_the_bound_of_perfect_separation() -> None:
-    """The sheet: no error in 512 models a side certifies about 4.9, in 64 about 2.8."""
+    """By arithmetic: no error in 512 models a side certifies about 4.9, in 64 about 2.8."""
     for count, wanted in ((512, 4.92), (64, 2.83)):
         apart = np.arange(count, dtype=float)[:, None] / count
         found = epsilon_bound(apart + 5, apart, apart + 5, apart)[0]

@@ -1,4 +1,4 @@
-"""Gradient ascent against plain torch, and the traps of its sheet."""
+"""Gradient ascent against plain torch, and the known mistakes of other code."""
 
 from __future__ import annotations
 

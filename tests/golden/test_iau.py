@@ -1,4 +1,4 @@
-"""IAU beside the authors' code, its training penalty too, and the traps of its sheet.
+"""IAU beside the authors' code, its training penalty too, and the known mistakes of other code.
 
 The numbers were computed by the authors' own lines (Lolo1222/IAU: the step of ``IAU_unlearn.py``, lr 0.01, and ``train``
 of ``train_model.py``, three batches of all data, Adam at 0.01, alpha 0.3) on the arrays of ``setting``.

@@ -47,7 +47,7 @@ def fixed() -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_hand(p: np.ndarray, q: np.ndarray) -> float:
-    """The sheet's rules for one example, written out."""
+    """The published rules for one example, written out."""
     p, q = np.clip(p, -100, 100), np.clip(q, -100, 100)
     start, end = min(p.min(), q.min()), max(p.max(), q.max())
     edges = np.linspace(start, end if end > start else start + 1, 21)
@@ -98,7 +98,7 @@ def test_the_gaussian_floor_is_its_closed_form(count: int) -> None:
     assert found.mean() == pytest.approx(((count - 1) / (count - 3) * (1 + 2 / count) - 1) / 2, rel=0.05)
 
 
-# Section 21 of the method sheet: mean and P95 over examples of equal normal populations, at 10, 50 and 100 models.
+# Simulated apart, before ours was written: mean and P95 over examples of equal normal populations, at 10, 50 and 100 models.
 @pytest.mark.parametrize(("count", "mean", "p95"), [(10, 5.57, 8.0), (50, 0.84, 1.7), (100, 0.34, 0.65)])
 def test_the_null_table(count: int, mean: float, p95: float) -> None:
     rng = np.random.default_rng(21)

@@ -1,4 +1,4 @@
-"""l1-sparse against plain torch, and the traps of its sheet."""
+"""l1-sparse against plain torch, and the known mistakes of other code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LiRA against the authors' released code, run beside ours on the arrays below (its numbers are written down here).
 
 Source: tensorflow/privacy, research/mi_lira_2021/plot.py at 03035d5d, functions generate_ours and generate_ours_offline.
-Where that code is right ours agrees; where the sheet lists a defect ours differs, and agrees with the defect put in.
+Where that code is right ours agrees; where it has a known defect ours differs, and agrees with the defect put in.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""NPO and its cached reference against plain torch, and the traps of its sheet."""
+"""NPO and its cached reference against plain torch, and the known mistakes of other code."""
 
 from __future__ import annotations
 

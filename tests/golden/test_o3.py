@@ -1,4 +1,4 @@
-"""O3 against the authors' numbers, scikit-learn and plain torch, and the traps of its sheet by name."""
+"""O3 against the authors' numbers, scikit-learn and plain torch, and the known mistakes of other code by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMU against plain torch, the benchmark code's numbers and the traps of its sheet."""
+"""RMU against plain torch, the benchmark code's numbers and the known mistakes of other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SalUn against plain torch, and the traps of its sheets."""
+"""SalUn against plain torch, and the known mistakes of other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SCRUB against plain torch, and the traps of its sheet."""
+"""SCRUB against plain torch, and the known mistakes of other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task-vector negation against plain torch and closed forms, and the traps of its sheet."""
+"""Task-vector negation against plain torch and closed forms, and the known mistakes of other code."""
 
 from __future__ import annotations
 

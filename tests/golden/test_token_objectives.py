@@ -93,7 +93,7 @@ def test_padding_and_cuts_change_nothing(objective: Objective) -> None:
 
 @pytest.mark.parametrize(("beta", "extra"), [(4.0, 0.0), (0.5, 0.0), (4.0, 1.5)])
 def test_tnpo_token_by_token(beta: float, extra: float) -> None:
-    """The sheet's weight, in plain numbers."""
+    """The published weight, in plain numbers."""
     case, batch = bigram()
     now, then, _ = by_token(case, batch)
     terms = []

@@ -1,4 +1,4 @@
-"""WAGLE's attribution and mask against plain torch and a closed form, and the traps of its sheet."""
+"""WAGLE's attribution and mask against plain torch and a closed form, and the known mistakes of other code."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_of_a_language_model_the_mean_is_over_tokens() -> None:
 
 
 def test_at_the_published_hessian_the_weight_itself_hardly_counts() -> None:
-    """The trap of the sheet: the ranking is that of |g_r g_f|; at a large one it is that of |theta g_f|."""
+    """A known mistake: the ranking is that of |g_r g_f|; at a large one it is that of |theta g_f|."""
     model, request = small()
     (xf, yf), (xr, yr) = whole(request.forget), whole(request.retain)
     forget, retain = (gradients(model, F.cross_entropy(model(x), y)) for x, y in ((xf, yf), (xr, yr)))

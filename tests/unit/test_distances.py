@@ -93,7 +93,7 @@ def test_klom_is_the_released_one_from_fifty_models_a_side_on() -> None:
     theirs, ours = population(rng, 100), population(rng, 50)
     reading = klom_forget(subject(ours[0], theirs, unlearned=ours))
     assert reading.detail["models"] == 50
-    assert reading.value == pytest.approx(0.84, rel=0.12)  # the null table of the sheet
+    assert reading.value == pytest.approx(0.84, rel=0.12)  # simulated apart
     assert reading.verdict == "within"
 
 

@@ -114,7 +114,7 @@ class LinearRecourse:
         The nearest point is found by cutting planes: the deletions that are worst at the present point give a half-space,
         and the nearest point in all of them is next. What the half-spaces come from is `hold`:
 
-        - "first_order": weights + sum of H^-1 grad l_i. The form of the sheet, and it does NOT keep its word against an
+        - "first_order": weights + sum of H^-1 grad l_i. The form that is usually given, and it does NOT keep its word against an
           adversary: retraining moves the weights further than first order says, and the point sits on the boundary.
         - "retrained": the classifier retrained exactly without those examples. Holds against the deletions that are worst
           to first order, and against every other set that was met; other sets are not looked at.

@@ -23,7 +23,7 @@ _ROWS = f"(n_forget + {_SAMPLES})"
     tasks=("classification", "regression"),
     needs={"forget", "retain"},
     dose="scale",
-    reason="the released code lacks the routine and the sheet has no number; exact on a ridge regression in closed "
+    reason="the released code lacks the routine, and no number of theirs could be had; exact on a ridge regression in closed "
     "form",
     cost={
         "forward": f"(scale > 0) * (n_forget + (2 * iterations * {_SAMPLES} if by == 'influence' else {_ROWS}))",

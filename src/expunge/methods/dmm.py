@@ -22,7 +22,7 @@ _SAMPLES = "min(samples, n_retain)"
     tasks=("classification", "regression"),
     needs={"forget", "retain"},
     dose="steps",
-    reason="the released code lacks the routine and the sheet has no number; reaches a ridge regression in closed form",
+    reason="the released code lacks the routine, and no number of theirs could be had; reaches a ridge regression in closed form",
     cost={
         "forward": f"(steps > 0) * (2 * n_forget + {_KEPT} + (2 * iterations * {_SAMPLES} if by == 'influence' else n_forget + {_SAMPLES})) + {_STEPS}",
         "backward": f"(steps > 0) * (n_forget + (iterations * {_SAMPLES} if by == 'influence' else n_forget + {_SAMPLES})) + {_STEPS}",

@@ -24,7 +24,7 @@ _ALL = "min(samples, n_forget + n_retain) if on == 'all' else min(samples, n_ret
     tasks=("classification", "regression"),
     needs={"forget", "retain"},
     dose="lost",
-    reason="no code of its authors was found when it was made, and the sheet has no number; held to its formulas",
+    reason="the code that its authors announce could not be had, nor a number of theirs; held to its formulas",
     cost={"forward": f"(lost > 0) * ({_ALL})", "backward": "0"},
     departures={
         "source": "after the abstract and the definition of fidelity: neither the paper's shares nor its code could be read",

@@ -20,7 +20,7 @@ from expunge.scope import edit
     tasks=("classification", "regression"),
     needs={"forget"},
     dose="strength",
-    reason="no code of its authors was found when it was made, and the sheet has no number; held to its formulas",
+    reason="the code that its authors announce could not be had, nor a number of theirs; held to its formulas",
     cost={
         "forward": "(strength > 0) * (min(samples, n_forget) + contrast * min(samples, n_retain))",
         "backward": "0",

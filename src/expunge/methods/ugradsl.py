@@ -21,7 +21,7 @@ _ROWS = "ceil(epochs * ceil(n_forget / min(batch, n_forget))) * (min(batch, n_fo
     tasks=("classification",),
     needs={"forget", "retain"},
     dose="epochs",
-    reason="no code of its authors was found, and the sheet has no number; held to closed forms",
+    reason="the code that its authors announce could not be had, nor a number of theirs; held to closed forms",
     cost={"forward": _ROWS, "backward": _ROWS},
     departures={
         "rate": "one smoothing rate for the whole run; the paper may choose it for each batch by how near retain examples lie "
