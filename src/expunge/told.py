@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -52,15 +52,17 @@ def forget_told(descend: Descend) -> Stage:
     Args:
         descend: of a fixed number of steps, each of which reads one forget batch.
     """
-    objective: Any = descend.forget
-    if not hasattr(objective, "told"):
-        return descend
+    return _ForgetTold(descend) if hasattr(descend.forget, "told") else descend
 
-    def first_asked(case: Case) -> Case:
-        rows = (descend.steps or 0) * min(descend.size("forget"), len(case.request.data("forget")))
-        return replace(descend(told(case, {"forget": (objective, rows)})), request=case.request)
 
-    return first_asked
+@dataclass(frozen=True)
+class _ForgetTold:
+    descend: Descend
+
+    def __call__(self, case: Case) -> Case:
+        objective: Any = self.descend.forget
+        rows = (self.descend.steps or 0) * min(self.descend.size("forget"), len(case.request.data("forget")))
+        return replace(self.descend(told(case, {"forget": (objective, rows)})), request=case.request)
 
 
 def _answers(case: Case, data: Data, objective: Asks, size: int) -> Tensor:
