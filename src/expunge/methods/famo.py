@@ -17,7 +17,7 @@ _FORGET, _RETAIN = "min(batch, n_forget)", "min(batch, n_retain)"
     paper="arXiv:2306.03792",
     needs={"forget", "retain"},
     dose="steps",
-    reason="a combiner for many tasks, whose authors report no forgetting; its weights are held to the authors' class",
+    status="reproduced",
     cost={
         "forward": f"steps * ((2 + relabel) * {_FORGET} + 2 * {_RETAIN})",
         "backward": f"steps * ({_FORGET} + {_RETAIN})",
@@ -27,6 +27,7 @@ _FORGET, _RETAIN = "min(batch, n_forget)", "min(batch, n_retain)"
         "decay": "0.01 by default, as in FAMO's own code; 1e-5 in that of EUPMU",
         "batches": "forget and retain batches of their own; EUPMU's code cuts one mixed batch",
         "labels": "random labels never include the true one; EUPMU's code draws over all classes",
+        "clip": "after the backward pass, as in FAMO's own code; EUPMU's clips before it, which with cleared gradients is void",
         "guard": "stops where the retain loss leaves its bound; neither has a guard",
         "norm_stats": "frozen: running statistics are used; the published image runs train with live ones",
     },

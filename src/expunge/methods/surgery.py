@@ -20,7 +20,7 @@ _ROWS = "steps * (min(batch, n_forget) + min(batch, n_retain))"
     paper="arXiv:2510.22124",
     needs={"forget", "retain"},
     dose="steps",
-    reason="explicit projection has no released code of its own; held to its constraint and closed form",
+    status="reproduced",
     cost={"forward": f"{_ROWS} + steps * relabel * min(batch, n_forget)", "backward": _ROWS},
     departures={
         "batches": "forget and retain batches of their own; the authors cut one mixed batch, which weighs the two "
