@@ -12,6 +12,7 @@ from torch import nn
 
 import expunge as ex
 from expunge import methods
+from expunge.core import Stage
 from tests.golden.by_hand import ALL
 
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ def setting() -> tuple[nn.Module, ex.Request]:
     return net, ex.split((x, y), forget=list(range(10)))
 
 
-def norms(method: ex.Stage) -> list[float]:
+def norms(method: Stage) -> list[float]:
     net, request = setting()
     outcome = ex.unlearn(net, request, task=ex.Classification(2), method=method)
     assert len(outcome.record["history"]) == 8
