@@ -108,8 +108,9 @@ def retain_nll(case: Case, norm_stats: Literal["frozen", "live"]) -> tuple[Case,
 
     Of a plain ``nn.Sequential``, the layers before the first in scope say the same of an example at every step: they run
     where a batch has an example that is not known yet, and what they said is kept (256 MiB at most) for later epochs. It
-    is what the whole model would have said, to rounding, as it came from another batch. Any other model runs whole, and so
-    does a run that keeps checkpoints, since one that is resumed is to end in the same bits.
+    is what the whole model would have said, to rounding, as it came from another batch. Any other model runs whole; so does a
+    run on data that are not in memory, which may be augmented anew at every reading, and a run that keeps checkpoints, since
+    one that is resumed is to end in the same bits.
 
     Args:
         norm_stats: of the descent; "live" normalisation and dropout among those layers are run at every step.
@@ -121,6 +122,7 @@ def retain_nll(case: Case, norm_stats: Literal["frozen", "live"]) -> tuple[Case,
         or not 0 < first < len(case.model)
         or case.journal is not None
         or case.request.retain is None
+        or not getattr(case.request.retain.source, "in_memory", False)
         or getattr(case.task, "stochastic", True)
         or getattr(case.task, "call", True) is not None
         or _listened_to(case)

@@ -26,6 +26,17 @@ def two_classes() -> tuple[nn.Module, ex.Request]:
     return net, ex.split((x, y), forget=list(range(20)))
 
 
+def thirty() -> tuple[nn.Module, ex.Request]:
+    """An untrained network and thirty examples of two classes, so that the wrong label of an example is no matter of chance."""
+    generator = torch.Generator().manual_seed(31)
+    x, y = torch.randn(30, 4, generator=generator, dtype=torch.float64), torch.arange(30) % 2
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return net, ex.split((x, y), forget=list(range(10)))
+
+
 def normalised() -> tuple[nn.Module, ex.Request]:
     """A network with BatchNorm, its running statistics those of the data, over the examples of ``small``."""
     _, request = small()

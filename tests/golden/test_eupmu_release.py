@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import expunge as ex
 from expunge import methods
 from expunge.core import Stage
-from tests.golden.by_hand import ALL
+from tests.golden.by_hand import ALL, thirty
 
 torch.set_num_threads(1)
 SURGERY = [5.410674048268348, 1.716324288504138, 1.3432546753618644, 0.2129482008348167]
 FAMO = [5.396537717476036, 1.726206003786107, 1.3368422944724547, 0.21252625937873396]
 
 
-def setting() -> tuple[nn.Module, ex.Request]:
-    """Two classes, so that the wrong label of an example is no matter of chance."""
-    generator = torch.Generator().manual_seed(31)
-    x, y = torch.randn(30, 4, generator=generator, dtype=torch.float64), torch.arange(30) % 2
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return net, ex.split((x, y), forget=list(range(10)))
-
-
 def norms(method: Stage) -> list[float]:
-    net, request = setting()
+    net, request = thirty()
     outcome = ex.unlearn(net, request, task=ex.Classification(2), method=method)
     assert len(outcome.record["history"]) == 8
     return [float(p.detach().norm()) for p in outcome.model.parameters()]

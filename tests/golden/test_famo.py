@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import expunge as ex
 from expunge import Descend, RunFailed, methods
@@ -18,7 +17,7 @@ from expunge.core import Refused
 from expunge.objectives import NLL, Ascent
 from expunge.optim import SGD
 from expunge.oracle import Oracle
-from tests.golden.by_hand import ALL
+from tests.golden.by_hand import ALL, thirty
 from tests.golden.forgetting import accuracy, digits, small
 
 torch.set_num_threads(1)
@@ -26,19 +25,8 @@ WEIGHT = 0.1931611598195333
 NORMS = [5.560260707189887, 1.7709739678924106, 1.2848434570578957, 0.2325679175465574]
 
 
-def setting() -> tuple[nn.Module, ex.Request]:
-    """Two classes, so that the wrong label of an example is no matter of chance."""
-    generator = torch.Generator().manual_seed(31)
-    x, y = torch.randn(30, 4, generator=generator, dtype=torch.float64), torch.arange(30) % 2
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
-    return net, ex.split((x, y), forget=list(range(10)))
-
-
 def test_steps_are_those_of_the_authors_code() -> None:
-    net, request = setting()
+    net, request = thirty()
     done = ex.unlearn(net, request, task=ex.Classification(2), method=methods.famo(lr=0.3, steps=8, batch=ALL))
     assert [float(p.detach().norm()) for p in done.model.parameters()] == pytest.approx(NORMS, rel=1e-9)
     assert done.record["cost"]["forward"] == 8 * 60
@@ -47,7 +35,7 @@ def test_steps_are_those_of_the_authors_code() -> None:
 
 def test_the_weights_are_those_of_the_authors_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forget loss fell by less, so that it came to weigh more."""
-    net, request = setting()
+    net, request = thirty()
     states: list[State] = []
     settle = FAMO.settle
 
@@ -62,7 +50,7 @@ def test_the_weights_are_those_of_the_authors_code(monkeypatch: pytest.MonkeyPat
 
 def test_the_update_is_a_convex_combination_that_favours_the_smaller_loss() -> None:
     """At equal z: 1 / L_k over their sum; the recorded shares say so."""
-    net, request = setting()
+    net, request = thirty()
     (x_f, y_f), (x_r, y_r) = ((b["x"], b["y"]) for d in (request.forget, request.retain) for b in d.batches(99))
     losses = [float(F.cross_entropy(net(x_f), 1 - y_f).detach()), float(F.cross_entropy(net(x_r), y_r).detach())]
     done = ex.unlearn(net, request, task=ex.Classification(2), method=methods.famo(steps=1, batch=ALL))

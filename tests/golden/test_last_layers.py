@@ -14,7 +14,7 @@ import expunge as ex
 from expunge import methods
 from expunge.core import Case, Refused
 from expunge.data.networks import ResNet
-from expunge.data.sources import as_data
+from expunge.data.sources import MapStyle, as_data
 from expunge.layers import last_layers, retain_nll
 from expunge.objectives import NLL
 from expunge.optim import Restarts
@@ -216,6 +216,17 @@ def test_layers_that_draw_or_are_listened_to_are_not_remembered() -> None:
         inside, objective = retain_nll(replace(case, scope=last_layers(case, 1)), mode)
         assert (objective != NLL()) == remembered
         assert (inside.request.data("retain") is not data) == remembered
+
+
+def test_data_that_may_be_augmented_are_read_anew() -> None:
+    request, data = small()[1], small()[1].data("retain")
+    rows = [tuple(data.batch(torch.tensor([i]))[name][0] for name in ("x", "y")) for i in range(len(data))]
+    read = ex.Data(MapStyle(rows, ("x", "y")), torch.arange(len(rows)), data.ids)
+    model = deep()
+    case = Case(model, replace(request, retain=read), TASK, Scope.all(model))
+    inside, objective = retain_nll(replace(case, scope=last_layers(case, 1)), "frozen")
+    assert objective == NLL()
+    assert inside.request.data("retain") is read
 
 
 class Backwards(nn.Module):
